@@ -1,0 +1,45 @@
+"""Cross entropy of logits with class indices or class probabilities."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedloss import reference
+from fusedloss.kernels import operators
+
+from .gradient import gradients
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Saved for backward: the arguments, two or three numbers a row, and the mean's factors."""
+
+    @staticmethod
+    def forward(
+        ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+    ):
+        loss, z, *rows = operators.cross_entropy_forward(
+            x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+        )
+        ctx.save_for_backward(x, target, weight, *rows)
+        ctx.options = ignore_index, label_smoothing, z_loss, softcap, reduction
+        ctx.dtype = dtype
+        if not z_loss:
+            return loss, None
+        ctx.mark_non_differentiable(z)
+        return loss, z
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        x, target, weight, *rows = ctx.saved_tensors
+        target_grad = ctx.needs_input_grad[1]
+
+        def launch(dloss):
+            dx, dtarget = operators.cross_entropy_backward(
+                dloss, x, target, weight, *rows, *ctx.options, target_grad
+            )
+            return dx, dtarget if target_grad else None
+
+        def composed(x, target):
+            return reference.cross_entropy(x, target, weight, *ctx.options, ctx.dtype)
+
+        return *gradients(launch, composed, dloss, x, target), None, None, None, None, None, None, None

@@ -1,0 +1,57 @@
+"""Entropy of probabilities, and of the softmax of logits."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedloss import reference
+from fusedloss.kernels import operators
+
+from .gradient import gradients
+
+
+class Entropy(torch.autograd.Function):
+    """Saved for backward: the probabilities."""
+
+    @staticmethod
+    def forward(ctx, p, dim, reduction, dtype):
+        ctx.save_for_backward(p)
+        ctx.options = dim, reduction
+        ctx.dtype = dtype
+        return operators.entropy_forward(p, dim, reduction, dtype)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        (p,) = ctx.saved_tensors
+
+        def launch(dloss):
+            return (operators.entropy_backward(dloss, p, *ctx.options),)
+
+        def composed(p, _):
+            return reference.entropy(p, *ctx.options, ctx.dtype)
+
+        return *gradients(launch, composed, dloss, p), None, None, None
+
+
+class EntropyWithLogits(torch.autograd.Function):
+    """Saved for backward: the logits, and three numbers a row."""
+
+    @staticmethod
+    def forward(ctx, x, dim, reduction, dtype):
+        loss, rows = operators.entropy_with_logits_forward(x, dim, reduction, dtype)
+        ctx.save_for_backward(x, rows)
+        ctx.options = dim, reduction
+        ctx.dtype = dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, rows = ctx.saved_tensors
+
+        def launch(dloss):
+            return (operators.entropy_with_logits_backward(dloss, x, rows, *ctx.options),)
+
+        def composed(x, _):
+            return reference.entropy_with_logits(x, *ctx.options, ctx.dtype)
+
+        return *gradients(launch, composed, dloss, x), None, None, None

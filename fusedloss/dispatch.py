@@ -1,0 +1,151 @@
+"""Who computes: the Triton kernels or the reference. Decided here, once a call, and nowhere else."""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
+TARGET_DTYPES = DTYPES | {torch.int64, torch.uint8}
+# tensors that are, or pretend to be, one plain tensor on the device that they name
+PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+FUNCTIONS = {  # class: its module in fusedloss.autograd
+    "BCE": "bce",
+    "BCEWithLogits": "bce_with_logits",
+    "CrossEntropy": "cross_entropy",
+    "Entropy": "entropy",
+    "EntropyWithLogits": "entropy",
+    "KLDiv": "kl_div",
+    "KLDivWithLogits": "kl_div_with_logits",
+    "NLLLoss": "nll_loss",
+}
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_installed = find_spec("triton") is not None
+_loaded: dict[str, Any] = {}
+_choice = AUTO
+_any_device = INTERPRETED and _installed  # kernels for tensors that are not on a GPU, too
+
+
+def function(name: str) -> Any:
+    """The torch.autograd.Function of that name. Its module, and so Triton, is imported at the first use."""
+    if name not in _loaded:
+        _loaded[name] = getattr(import_module(f"fusedloss.autograd.{FUNCTIONS[name]}"), name)
+    return _loaded[name]
+
+
+class use:
+    """Choose the path of every call inside a `with` block, for the whole process.
+
+    Args:
+        path: ``"triton"`` (the kernels, on any device), ``"reference"`` (plain torch) or ``"auto"``
+            (the kernels for GPU tensors, and for CPU tensors under ``TRITON_INTERPRET=1``).
+
+    Blocks nest, and one object may be entered again. What the kernels do not compute goes to the
+    reference whatever was chosen; :func:`path` tells what would happen.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: on entering ``use("triton")`` where Triton is not installed.
+
+    Example::
+
+        with fusedloss.use("reference"):
+            loss = fusedloss.cross_entropy(logits, labels)
+    """
+
+    def __init__(self, path: str) -> None:
+        if path not in (TRITON, REFERENCE, AUTO):
+            raise ValueError(f"path must be 'triton', 'reference' or 'auto', got {path!r}")
+        self.path = path
+        self._before: list[str] = []
+
+    def __enter__(self) -> "use":
+        if self.path == TRITON and not _installed:
+            raise ImportError("use('triton'): the package triton is not installed")
+        self._before.append(_choice)
+        _choose(self.path)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _choose(self._before.pop())
+
+
+def _choose(path: str) -> None:
+    global _choice, _any_device
+    _choice = path
+    _any_device = path == TRITON or (path == AUTO and INTERPRETED and _installed)
+
+
+def path(x: Tensor) -> str:
+    """``"triton"`` or ``"reference"``: who computes in a call made now with ``x`` as its input.
+
+    The reference takes whatever the kernels do not: dtypes other than float16, bfloat16 and float32,
+    empty tensors, tensor subclasses that wrap others (DTensor), calls under functorch transforms or
+    forward-mode differentiation, meta tensors. A call whose other arguments ask for it (a weight that
+    requires a gradient, a target of an odd dtype, ``kl_div_with_logits`` unreduced) goes there too.
+    """
+    if (
+        (x.is_cuda or _any_device)
+        and _choice != REFERENCE
+        and _installed
+        and x.dtype in DTYPES
+        and x.numel() > 0
+        and not x.is_meta
+        and _plain(x)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    ):
+        return TRITON
+    return REFERENCE
+
+
+def _plain(x: Tensor) -> bool:
+    kind = type(x)
+    return kind in PLAIN_TYPES or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
+    """Whether the kernels take these arguments: a target first, then weights and numbers."""
+    for i, other in enumerate(others):
+        if not isinstance(other, Tensor):
+            continue
+        if other.dtype not in (DTYPES if i else TARGET_DTYPES):
+            return False
+        if other.device != x.device or not _plain(other):
+            return False
+        if i and other.requires_grad and torch.is_grad_enabled():
+            return False
+    dtype = others[-1]
+    return dtype in DTYPES
+
+
+def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
+    """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype."""
+    if (x.is_cuda or _any_device) and path(x) == TRITON and _suits(x, others):
+        if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
+            others = (x.view_as(x), *others[1:])
+        return function(name).apply(x, *others)
+    return reference(x, *others)
+
+
+def _load() -> None:
+    """Import every Function now, where kernels are likely to run: Dynamo cannot trace an import."""
+    global _installed, _any_device
+    try:
+        for name in FUNCTIONS:
+            function(name)
+    except ImportError:
+        _installed = _any_device = False
+
+
+if _installed and (torch.version.cuda or torch.version.hip or INTERPRETED):
+    _load()

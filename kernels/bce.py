@@ -1,0 +1,119 @@
+"""Binary cross entropy on probabilities: -t max(log p, -100) - (1 - t) max(log(1 - p), -100);
+dp = (p - t) / max((1 - p) p, 1e-12), dt = log(1 - p) - log p (as in torch, without the bounds).
+
+Nothing is saved beside the arguments. Both logarithms are taken of s = min(p, 1 - p), which is exact:
+log(1 - s) needs no exponent, and s >= 0 says that p is a probability. Where it is none, all is nan.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .elementwise import NUM_WARPS, load, store, tile_at, walk
+from .launch import kernel, launch
+from .numerics_log import log, log1m_half, log_any
+from .operators import MEAN, NONE
+from .reduce import reduce_sum
+
+
+@triton.jit
+def bce_term(p, t):
+    q = 1.0 - p
+    s = tl.minimum(p, q)
+    weight = tl.where(p <= 0.5, t, 1.0 - t)  # of log s
+    scaled = tl.fma(s, 16777216.0, 0.0)  # no subnormal number, no -0
+    log_s = tl.maximum(log(scaled, 24), -100.0)  # of -104 at 0
+    loss = tl.fma(-weight, log_s, (weight - 1.0) * log1m_half(s))
+    return tl.where(s >= 0, loss, float("nan"))
+
+
+@kernel
+def bce_forward_kernel(
+    out_ptr, x_ptr, target_ptr, weight_ptr,
+    n_rows, n_cols, chunks, trips,
+    out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    weight_row_stride, weight_col_stride,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in range(trips):
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        p = load(x_ptr, at, x_row_stride, x_col_stride)
+        t = load(target_ptr, at, target_row_stride, target_col_stride)  # p = t = 0 adds nothing
+        loss = bce_term(p, t)
+        if WEIGHT:
+            loss *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
+        if REDUCE:
+            total += loss
+        else:
+            store(out_ptr, loss, at, out_row_stride, out_col_stride)
+    if REDUCE:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@kernel
+def bce_backward_kernel(
+    dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr,
+    n_rows, n_cols, chunks, trips, scale,
+    dx_row_stride, dx_col_stride, dtarget_row_stride, dtarget_col_stride,
+    dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    weight_row_stride, weight_col_stride,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
+    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if REDUCE:
+        g = tl.load(dloss_ptr).to(tl.float32) * scale
+    for i in range(trips):
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        p = load(x_ptr, at, x_row_stride, x_col_stride)
+        if not REDUCE:
+            g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)
+        scaled = g
+        if WEIGHT:
+            scaled *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
+        q = 1.0 - p
+        s = tl.minimum(p, q)
+        if INPUT_GRAD:
+            t = load(target_ptr, at, target_row_stride, target_col_stride)
+            dp = (p - t) / tl.maximum(p * q, 1e-12)
+            store(dx_ptr, tl.where(s >= 0, dp, float("nan")) * scaled, at, dx_row_stride, dx_col_stride)
+        if TARGET_GRAD:
+            dt = log1m_half(s) - log_any(s)
+            dt = tl.where(p <= 0.5, dt, -dt)
+            store(dtarget_ptr, dt * scaled, at, dtarget_row_stride, dtarget_col_stride)
+
+
+def bce_forward(out, x, target, weight, reduction, dtype):
+    reduce = reduction != NONE
+    to = walk(None if reduce else out, x, target, weight)
+    parts = torch.empty(to.programs, dtype=torch.float32, device=x.device) if reduce else to.tensors[0]
+    launch(
+        bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
+        scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if reduce:
+        reduce_sum(out, parts, 1.0 / x.numel() if reduction == MEAN else 1.0)
+    else:
+        to.restore(out)
+
+
+def bce_backward(outputs, dloss, x, target, weight, reduction, input_grad, target_grad):
+    reduce = reduction != NONE
+    dx, dtarget = outputs[0] if input_grad else None, outputs[1] if target_grad else None
+    to = walk(dx, dtarget, None if reduce else dloss, x, target if input_grad else None, weight)
+    launch(
+        bce_backward_kernel, (to.programs,),
+        *to.tensors[:2], dloss if reduce else to.tensors[2], *to.tensors[3:],
+        scalars=to.scalars | dict(scale=1.0 / x.numel() if reduction == MEAN else 1.0)
+        | to.stride_scalars("dx", "dtarget", "dloss", "x", "target", "weight"),
+        constants=dict(
+            WEIGHT=weight is not None, REDUCE=reduce,
+            INPUT_GRAD=input_grad, TARGET_GRAD=target_grad, **to.constants,
+        ),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    to.restore(dx, dtarget)

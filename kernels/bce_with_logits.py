@@ -1,0 +1,161 @@
+"""Binary cross entropy on logits: max(x, 0) - x t + log1p(exp(-|x|)), and with a positive weight p
+(1 - t) max(x, 0) + p t max(-x, 0) + (1 - t + p t) log1p(exp(-|x|)); dx = sigmoid(x) (1 - t - p t exp(-x)).
+
+Nothing is saved beside the arguments. A plain sum takes no logarithm an element: a lane's sum of
+log1p(e) is log1p(q) with q <- q + e + q e.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .elementwise import NUM_WARPS, load, store, tile_at, walk
+from .launch import kernel, launch
+from .numerics import LOG2E, log1p, log1p_unit
+from .operators import MEAN, NONE
+from .reduce import reduce_sum
+
+
+@triton.jit
+def fold_product(e, V: tl.constexpr):
+    """[T, V] -> [T]: prod(1 + e) - 1 over the last dimension."""
+    if V == 1:
+        return tl.reshape(e, [e.shape[0]])
+    else:
+        a, b = tl.split(tl.reshape(e, [e.shape[0], V // 2, 2]))
+        return fold_product(tl.fma(a, b, a + b), V // 2)
+
+
+@triton.jit
+def bce_terms(x, t, p, POS_WEIGHT: tl.constexpr):
+    """(a, f, e): the loss is a + f log1p(e)."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    if POS_WEIGHT:
+        positive = p * t
+        a = tl.fma(1.0 - t, tl.maximum(x, 0.0), positive * tl.maximum(-x, 0.0))
+        return a, 1.0 - t + positive, e
+    else:
+        return tl.fma(x, -t, tl.maximum(x, 0.0)), 1.0, e
+
+
+@kernel
+def bce_with_logits_forward_kernel(
+    out_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
+    n_rows, n_cols, chunks, trips, keep, shift,
+    out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
+    WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    PRODUCT: tl.constexpr = REDUCE and not WEIGHT and not POS_WEIGHT
+    T: tl.constexpr = ROWS * BLOCK // V
+    total, q = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
+    for i in range(trips):
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        x = load(x_ptr, at, x_row_stride, x_col_stride, -1e30)  # adds nothing where there is none
+        t = load(target_ptr, at, target_row_stride, target_col_stride)
+        p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
+        if SMOOTH:
+            t = tl.where(at[3], tl.fma(t, keep, shift), 0.0)
+        a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
+        if PRODUCT:
+            q_tile = fold_product(tl.reshape(e, [T, V]), V)
+            q = tl.fma(q, q_tile, q + q_tile)
+        else:
+            a += factor * log1p_unit(e)
+        if WEIGHT:
+            a *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
+        if REDUCE:
+            total += tl.sum(tl.reshape(a, [T, V]), 1)
+        else:
+            store(out_ptr, a, at, out_row_stride, out_col_stride)
+    if PRODUCT:
+        total += log1p(q)
+    if REDUCE:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@kernel
+def bce_with_logits_backward_kernel(
+    dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
+    n_rows, n_cols, chunks, trips, keep, shift, scale,
+    dx_row_stride, dx_col_stride, dtarget_row_stride, dtarget_col_stride,
+    dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
+    WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
+    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if REDUCE:
+        g = tl.load(dloss_ptr).to(tl.float32) * scale
+    for i in range(trips):
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        x = load(x_ptr, at, x_row_stride, x_col_stride)
+        t = load(target_ptr, at, target_row_stride, target_col_stride)
+        p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
+        if SMOOTH:
+            t = tl.fma(t, keep, shift)
+        if not REDUCE:
+            g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)
+        scaled = g
+        if WEIGHT:
+            scaled *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
+        if INPUT_GRAD:
+            # exp(-x) and its bound, at which sigmoid(x) is still a normal number
+            u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
+            dx = tl.fma(-t * p, u, 1.0 - t) * (1.0 / (1.0 + u))
+            store(dx_ptr, dx * scaled, at, dx_row_stride, dx_col_stride)
+        if TARGET_GRAD:
+            dt = -x
+            if POS_WEIGHT:
+                a, factor, e = bce_terms(x, 0.0, p, False)
+                dt = p * (a - x) - a + (p - 1.0) * log1p_unit(e)
+            if SMOOTH:
+                dt *= keep
+            store(dtarget_ptr, dt * scaled, at, dtarget_row_stride, dtarget_col_stride)
+
+
+def _smoothing(label_smoothing: float) -> dict[str, float]:
+    return dict(keep=1.0 - label_smoothing, shift=0.5 * label_smoothing)
+
+
+def bce_with_logits_forward(out, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
+    reduce = reduction != NONE
+    to = walk(None if reduce else out, x, target, weight, pos_weight)
+    parts = torch.empty(to.programs, dtype=torch.float32, device=x.device) if reduce else to.tensors[0]
+    launch(
+        bce_with_logits_forward_kernel, (to.programs,), parts, *to.tensors[1:],
+        scalars=to.scalars | _smoothing(label_smoothing)
+        | to.stride_scalars("out", "x", "target", "weight", "pos_weight"),
+        constants=dict(
+            WEIGHT=weight is not None, POS_WEIGHT=pos_weight is not None, SMOOTH=label_smoothing != 0.0,
+            REDUCE=reduce, **to.constants, V=16 // x.element_size(),
+        ),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if reduce:
+        reduce_sum(out, parts, 1.0 / x.numel() if reduction == MEAN else 1.0)
+    else:
+        to.restore(out)
+
+
+def bce_with_logits_backward(
+    outputs, dloss, x, target, weight, pos_weight, label_smoothing, reduction, input_grad, target_grad
+):
+    reduce = reduction != NONE
+    dx, dtarget = outputs[0] if input_grad else None, outputs[1] if target_grad else None
+    to = walk(dx, dtarget, None if reduce else dloss, x, target, weight, pos_weight)
+    launch(
+        bce_with_logits_backward_kernel, (to.programs,),
+        *to.tensors[:2], dloss if reduce else to.tensors[2], *to.tensors[3:],
+        scalars=to.scalars | _smoothing(label_smoothing)
+        | dict(scale=1.0 / x.numel() if reduction == MEAN else 1.0)
+        | to.stride_scalars("dx", "dtarget", "dloss", "x", "target", "weight", "pos_weight"),
+        constants=dict(
+            WEIGHT=weight is not None, POS_WEIGHT=pos_weight is not None, SMOOTH=label_smoothing != 0.0,
+            REDUCE=reduce, INPUT_GRAD=input_grad, TARGET_GRAD=target_grad, **to.constants,
+        ),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    to.restore(dx, dtarget)

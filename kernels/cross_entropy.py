@@ -1,0 +1,324 @@
+"""Cross entropy: sum(q) lse(x) - sum(q x) over a row's classes, and z lse(x)^2; q the target distribution.
+
+q = w (keep t + shift) for class probabilities t; for a label y it is w_y keep at y plus w shift
+everywhere (keep = 1 - label smoothing, shift = label smoothing / C). dx = P softmax(x) - g q with
+P = g sum(q) + 2 z g lse. All in logits shifted by the row's maximum and scaled by log2(e).
+
+Saved a row: m and s (rowwise.py), and b = sum(q) without the label's own part. A label is left out of s:
+its part of the loss is softplus(lse of the others - x_y), which a confident label does not round to 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import kernel, launch
+from .layout import vector
+from .numerics import LN2, LOWEST, log1p, scale2, sigmoid, softplus, tanh
+from .operators import MEAN, NONE
+from .reduce import reduce_means
+from .rowwise import (
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, edge_cols, load_block, lse_join, lse_meet,
+    lse_start, lse_update, masked_col, restore, row_walk, rows_at, schedule, store_block, stride_scalars,
+)  # fmt: skip
+
+
+@triton.jit
+def load_x(source, col, lane, mask, CAP: tl.constexpr, HINT: tl.constexpr):
+    """A block of logits in float32, capped; mask None reads all of it."""
+    x_ptr, x_at, class_stride, softcap = source
+    x = load_block(block_at(x_ptr, x_at, col, lane, class_stride, HINT), mask)
+    if CAP:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def load_q(source, col, lane, mask, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
+    """A block of w (keep t + shift); for labels, of w shift."""
+    target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
+    q = tl.full(lane.shape, 0.0, tl.float32) + shift
+    if PROBS:
+        t = load_block(block_at(target_ptr, t_at, col, lane, class_stride, HINT), mask)
+        q = tl.fma(t, keep, shift)
+    if WEIGHT:
+        q *= load_block(weight_ptr + (col + lane), mask)
+    return q
+
+
+@triton.jit
+def load_label(target_ptr, weight_ptr, at, live, n_cols, ignore_index, WEIGHT: tl.constexpr):
+    """(label, w_label, kept): a row with ignore_index is not kept; any other label out of range
+    weighs NaN. The label is -1 where there is none."""
+    label = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
+    kept = live & (label != ignore_index)
+    valid = (label >= 0) & (label < n_cols)
+    label = tl.where(kept & valid, label, -1).to(tl.int32)
+    weight = tl.where(valid, 1.0, float("nan"))
+    if WEIGHT:
+        weight *= tl.load(weight_ptr + label, mask=label >= 0, other=1.0).to(tl.float32)
+    return label, tl.where(kept, weight, 0.0), kept
+
+
+@triton.jit
+def meet_label(x_y, m, s):
+    """From a label's logit and the others' (m, s): its scaled and shifted logit u_y, z = lse of the
+    others - x_y (NaN for a logit of +inf), and the row's lse: less m, and as it is."""
+    u_y = scale2(x_y, m)
+    others = tl.log(s)
+    z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
+    lse = tl.maximum(others, u_y * LN2) + log1p(tl.exp(-tl.abs(z)))
+    return u_y, z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
+
+
+@kernel
+def cross_entropy_forward_kernel(
+    loss_ptr, z_ptr, m_ptr, s_ptr, b_ptr, x_ptr, target_ptr, weight_ptr,
+    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap,
+    x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
+    PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    DENSE: tl.constexpr = PROBS or SMOOTH
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    row = outer * inner + d
+    x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
+    label, w_y, kept = tl.full([ROWS], -1, tl.int32), tl.full([ROWS], 1.0, tl.float32), live
+    if not PROBS:
+        label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
+    x_from = (x_ptr, x_at[:, None], x_class_stride, softcap)
+    q_from = (target_ptr, t_at[:, None], target_class_stride, weight_ptr, keep, shift)
+    plan = schedule(x_at, n_cols, label, tl.max(kept.to(tl.int32)) > 0, ROWS, BLOCK, HINT)
+    m, s, a, b = lse_start(ROWS, T)
+    lane = block_lanes(U, T, V)
+    for i in range(plan[4]):
+        col = clean_col(i, plan, BLOCK)
+        x = load_x(x_from, col, lane, None, CAP, HINT)
+        q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
+        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
+    for i in range(plan[5]):
+        col = masked_col(i, plan, BLOCK)
+        mask = kept[:, None] & block_mask(col, lane, plan, HINT)
+        own = mask & (col + lane != label[:, None])
+        x = tl.where(own, load_x(x_from, col, lane, mask, CAP, HINT), LOWEST)
+        q = tl.where(own, load_q(q_from, col, lane, mask, PROBS, WEIGHT, HINT), 0.0) if DENSE else 0.0
+        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
+    m, s, a, b = lse_join(m, s, a, b)
+    if ROWS == 1 and HINT > 1:
+        edge = edge_cols(plan)
+        mask = kept[:, None] & (edge < n_cols)
+        own = mask & (edge != label[:, None])
+        x = tl.where(own, load_x(x_from, 0, edge, mask, CAP, 1), LOWEST)
+        q = tl.where(own, load_q(q_from, 0, edge, mask, PROBS, WEIGHT, 1), 0.0) if DENSE else 0.0
+        m2, s2, a2, b2 = lse_start(1, EDGE)
+        m2, s2, a2, b2 = lse_update(x, q, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
+        m2, s2, a2, b2 = lse_join(m2, s2, a2, b2)
+        m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
+    if PROBS:
+        lse = tl.log(s)
+        full_lse = tl.fma(m, LN2, lse)
+        loss = tl.fma(b, lse, a * -LN2)
+    else:
+        x_y = load_x(x_from, 0, label[:, None], label[:, None] >= 0, CAP, 1)
+        x_y = tl.reshape(x_y, [ROWS])
+        u_y, z, lse, full_lse = meet_label(x_y, m, s)
+        loss = w_y * keep * softplus(z)
+        if SMOOTH:
+            q_y = w_y * shift
+            loss += tl.fma(b + q_y, lse, tl.fma(q_y, u_y, a) * -LN2)
+    tl.store(m_ptr + row, m, mask=live)
+    tl.store(s_ptr + row, s, mask=live)
+    if DENSE:
+        tl.store(b_ptr + row, b, mask=live)
+    loss = tl.where(kept, loss, 0.0)
+    if Z:
+        z_loss = tl.where(kept, z_factor * full_lse * full_lse, 0.0)
+    if REDUCE:
+        part, parts = loss_ptr + tl.program_id(0), tl.num_programs(0)
+        tl.store(part, tl.sum(loss))
+        tl.store(part + parts, tl.sum(tl.where(kept, w_y, 0.0)))
+        if Z:
+            tl.store(part + 2 * parts, tl.sum(z_loss))
+            tl.store(part + 3 * parts, tl.sum(kept.to(tl.float32)))
+    else:
+        if Z:
+            loss += z_loss
+            tl.store(z_ptr + row, z_loss.to(z_ptr.dtype.element_ty), mask=live)
+        tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def put_gradients(to, x_from, q_from, col, lane, mask, label, row_values,
+                  PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
+                  TARGET_GRAD: tl.constexpr, MASKED: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """dx = P 2^u - g q, and dy at the label, for one block; dtarget = g keep w (lse - x)."""
+    dx_ptr, dx_at, dx_stride, dt_ptr, dt_at, dt_stride = to
+    m, p, g, dy, lse, kept = row_values
+    x = load_x(x_from, col, lane, mask, CAP, HINT)
+    u = scale2(x, m)
+    dx = p * tl.exp2(u)
+    if PROBS or SMOOTH:
+        dx = tl.fma(-g, load_q(q_from, col, lane, mask, PROBS, WEIGHT, HINT), dx)
+    if MASKED:
+        dx = tl.where(col + lane == label, dy, dx)
+    if CAP:
+        share = x / x_from[3]
+        dx *= tl.fma(-share, share, 1.0)
+    if MASKED:
+        dx = tl.where(kept, dx, 0.0)
+    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
+    if TARGET_GRAD:
+        dt = g * q_from[4] * tl.fma(u, -LN2, lse)
+        if WEIGHT:
+            dt *= load_block(q_from[3] + (col + lane), mask)
+        store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
+
+
+@kernel
+def cross_entropy_backward_kernel(
+    dx_ptr, dt_ptr, dloss_ptr, scale_ptr, m_ptr, s_ptr, b_ptr, x_ptr, target_ptr, weight_ptr,
+    inner, n_cols, ignore_index, keep, shift, z_factor, softcap, dloss_outer, dloss_inner,
+    dx_outer, dx_inner, dx_class_stride, dt_outer, dt_inner, dt_class_stride,
+    x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
+    PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
+    REDUCE: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    row = outer * inner + d
+    x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
+    label, w_y, kept = tl.full([ROWS], -1, tl.int32), tl.full([ROWS], 1.0, tl.float32), live
+    if not PROBS:
+        label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
+    x_from = (x_ptr, x_at[:, None], x_class_stride, softcap)
+    q_from = (target_ptr, t_at[:, None], target_class_stride, weight_ptr, keep, shift)
+    m, s = tl.load(m_ptr + row, mask=kept, other=0.0), tl.load(s_ptr + row, mask=kept, other=1.0)
+    if REDUCE:
+        g = tl.full([ROWS], 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
+        g_z = tl.full([ROWS], 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
+    else:
+        g_at = dloss_ptr + outer * dloss_outer + d * dloss_inner
+        g = tl.load(g_at, mask=live, other=0.0).to(tl.float32)
+        g_z = g
+    dense = tl.full([ROWS], 0.0, tl.float32)
+    if PROBS or SMOOTH:
+        dense = g * tl.load(b_ptr + row, mask=kept, other=0.0)
+    if PROBS:
+        lse = tl.log(s)
+        if Z:
+            dense = tl.fma(2.0 * z_factor * g_z, tl.fma(m, LN2, lse), dense)
+        p, dy = dense / s, dense
+    else:
+        x_y = tl.reshape(load_x(x_from, 0, label[:, None], label[:, None] >= 0, CAP, 1), [ROWS])
+        u_y, z, lse, full_lse = meet_label(x_y, m, s)
+        dense = tl.fma(g * w_y, shift, dense) if SMOOTH else dense
+        if Z:
+            dense = tl.fma(2.0 * z_factor * g_z, full_lse, dense)
+        at_label = g * w_y * keep
+        p = (at_label + dense) / (s + tl.exp2(u_y))
+        dy = tl.fma(dense, sigmoid(-z), -at_label * sigmoid(z))
+        if SMOOTH:
+            dy = tl.fma(-g * w_y, shift, dy)
+    to = (dx_ptr, outer * dx_outer + d[:, None] * dx_inner, dx_class_stride,
+          dt_ptr, outer * dt_outer + d[:, None] * dt_inner, dt_class_stride)  # fmt: skip
+    values = (m[:, None], p[:, None], g[:, None], dy[:, None], lse[:, None], kept[:, None])
+    plan = schedule(x_at, n_cols, label, tl.max(kept.to(tl.int32)) > 0, ROWS, BLOCK, HINT)
+    lane = block_lanes(U, T, V)
+    labels = label[:, None]
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            col = clean_col(i, plan, BLOCK)
+            put_gradients(to, x_from, q_from, col, lane, None, labels, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, False, HINT)  # fmt: skip
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, BLOCK)
+            mask = live[:, None] & block_mask(col, lane, plan, HINT)
+            put_gradients(to, x_from, q_from, col, lane, mask, labels, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, HINT)  # fmt: skip
+        if ROWS == 1 and HINT > 1:
+            edge = edge_cols(plan)
+            put_gradients(to, x_from, q_from, 0, edge, live[:, None] & (edge < n_cols), labels, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, 1)  # fmt: skip
+
+
+def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
+    return dict(
+        keep=1.0 - label_smoothing, shift=label_smoothing / n_cols, z_factor=z_loss, softcap=softcap
+    )
+
+
+def cross_entropy_forward(
+    outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+):
+    loss, z, m, s, b, scale = outputs
+    dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    walk, shape, programs, placed = row_walk(dim, x, target if probs else None)
+    x, probabilities = placed
+    if probs:
+        target, target_strides = probabilities, walk.strides[1]
+    else:
+        target, *strides = vector(target, walk.outer, walk.inner)
+        target_strides = (*strides, 0)
+    reduce = reduction != NONE
+    parts = x.new_empty((4, programs), dtype=torch.float32) if reduce else loss
+    launch(
+        cross_entropy_forward_kernel, (programs,), parts, z, m, s, b, x, target, weight,
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner, ignore_index=ignore_index,
+            **_options(walk.cols, label_smoothing, z_loss, softcap),
+            **stride_scalars(("x", walk.strides[0]), ("target", target_strides)),
+        ),
+        constants=dict(
+            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            CAP=softcap != 0.0, REDUCE=reduce, **shape.constants,
+        ),
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    if reduce:
+        reduce_means(loss, z, scale, parts, z_loss != 0.0, reduction == MEAN)
+
+
+def cross_entropy_backward(
+    outputs, dloss, x, target, weight, m, s, b, scale,
+    ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
+):  # fmt: skip
+    dx, dt = outputs[0], outputs[1] if target_grad else None
+    dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    walk, shape, programs, placed = row_walk(dim, x, target if probs else None, dx, dt)
+    x, probabilities = placed[:2]
+    if probs:
+        target, target_strides = probabilities, walk.strides[1]
+    else:
+        target, *strides = vector(target, walk.outer, walk.inner)
+        target_strides = (*strides, 0)
+    dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
+    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
+    launch(
+        cross_entropy_backward_kernel, (programs, chunks),
+        *placed[2:], dloss, scale, m, s, b, x, target, weight,
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
+            **_options(walk.cols, label_smoothing, z_loss, softcap),
+            dloss_outer=dloss_outer, dloss_inner=dloss_inner,
+            **stride_scalars(
+                ("dx", walk.strides[2]), ("dt", walk.strides[3]),
+                ("x", walk.strides[0]), ("target", target_strides),
+            ),
+        ),
+        constants=dict(
+            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad, **shape.constants,
+        ),
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    restore(placed[2:], [dx, dt])

@@ -1,0 +1,172 @@
+"""Entropy of probabilities over one dimension: -sum p log p; dp = -(log p + 1).
+
+Nothing is saved beside the arguments. As torch.special.entr: 0 at p = 0 with gradient inf, -inf at p < 0.
+A sum or a mean over rows, and its gradient, don't care where a row ends: dense tensors are one long row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, load, store
+from .launch import kernel, launch
+from .layout import Rows, plane, rows
+from .numerics_log import log, log_any
+from .operators import MEAN, NONE
+from .reduce import reduce_sum
+
+
+@triton.jit
+def entropy_tile(row_tiles, chunks, ROWS: tl.constexpr):
+    """This program's outer index, the row in it that its tiles begin at, and its chunk of columns."""
+    program = tl.program_id(0)
+    tile = program // chunks
+    return (tile // row_tiles).to(tl.int64), (tile % row_tiles).to(tl.int64) * ROWS, program % chunks
+
+
+@triton.jit
+def entropy_at(row, trip, n_inner, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Tile number `trip` of the rows from `row`, as elementwise.load takes it."""
+    start = trip.to(tl.int64) * BLOCK
+    rows = row + tl.arange(0, ROWS)[:, None]
+    lanes = tl.arange(0, BLOCK)[None, :]
+    whole = (row + ROWS <= n_inner) & (start + BLOCK <= n_cols)
+    return rows, start, lanes, (rows < n_inner) & (start + lanes < n_cols), whole
+
+
+@kernel
+def entropy_forward_kernel(
+    out_ptr, p_ptr,
+    n_inner, n_cols, row_tiles, chunks, trips,
+    p_outer_stride, p_inner_stride, p_class_stride,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    outer, row, chunk = entropy_tile(row_tiles, chunks, ROWS)
+    p_ptr += outer * p_outer_stride
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in range(trips):
+        at = entropy_at(row, chunk * trips + i, n_inner, n_cols, ROWS, BLOCK)
+        p = load(p_ptr, at, p_inner_stride, p_class_stride)
+        total += tl.where(p < 0, float("-inf"), -p * log(p))  # log(0) is finite: 0 log 0 = 0
+    if REDUCE:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+    else:
+        lane = row + tl.arange(0, ROWS)
+        value = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + outer * n_inner + lane, value, mask=lane < n_inner)
+
+
+@kernel
+def entropy_backward_kernel(
+    dp_ptr, dloss_ptr, p_ptr,
+    n_inner, n_cols, row_tiles, chunks, trips, scale,
+    dp_outer_stride, dp_inner_stride, dp_class_stride, p_outer_stride, p_inner_stride, p_class_stride,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    outer, row, chunk = entropy_tile(row_tiles, chunks, ROWS)
+    p_ptr += outer * p_outer_stride
+    dp_ptr += outer * dp_outer_stride
+    if REDUCE:
+        g = tl.load(dloss_ptr).to(tl.float32) * scale
+    else:
+        lane = row + tl.arange(0, ROWS)
+        g = tl.load(dloss_ptr + outer * n_inner + lane, mask=lane < n_inner, other=0.0)
+        g = g.to(tl.float32)[:, None]
+    for i in range(trips):
+        at = entropy_at(row, chunk * trips + i, n_inner, n_cols, ROWS, BLOCK)
+        p = load(p_ptr, at, p_inner_stride, p_class_stride, 1.0)
+        store(dp_ptr, -(log_any(p) + 1.0) * g, at, dp_inner_stride, dp_class_stride)
+
+
+class Tiling(NamedTuple):
+    """How a launch covers its tensors."""
+
+    tensors: list[torch.Tensor]
+    walk: Rows
+    tile_rows: int
+    block: int
+    row_tiles: int
+    chunks: int
+    trips: int
+
+    @property
+    def programs(self) -> int:
+        return self.walk.outer * self.row_tiles * self.chunks
+
+    @property
+    def scalars(self) -> dict[str, int]:
+        return dict(
+            n_inner=self.walk.inner, n_cols=self.walk.cols,
+            row_tiles=self.row_tiles, chunks=self.chunks, trips=self.trips,
+        )  # fmt: skip
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(ROWS=self.tile_rows, BLOCK=self.block)
+
+    def stride_scalars(self, *names: str) -> dict[str, int]:
+        return {
+            f"{name}_{axis}_stride": stride
+            for name, strides in zip(names, self.walk.strides, strict=True)
+            for axis, stride in zip(("outer", "inner", "class"), strides, strict=True)
+        }
+
+
+def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling:
+    """Cover the rows of tensors of one shape, copied where no common walk fits them. `join`: where a row
+    ends doesn't matter; `split`: several programs may share a row."""
+    flat = plane(*tensors) if join else None
+    if flat is not None and flat.rows == 1:
+        walk = Rows(1, 1, flat.cols, [(0, 0, stride) for _, stride in flat.strides])
+    else:
+        walk = rows(dim, *tensors)
+        if walk is None:
+            tensors = tuple(t.contiguous() for t in tensors)
+            walk = rows(dim, *tensors)
+    cols = walk.cols
+    block = TILE if cols > 1024 else 1024 if cols > 128 else 128 if cols > 16 else 16
+    if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):
+        block = 16  # neighbours in memory are rows
+    tile_rows = TILE // block
+    row_tiles, col_tiles = triton.cdiv(walk.inner, tile_rows), triton.cdiv(cols, block)
+    trips = col_tiles
+    if split:
+        trips = max(1, min(MAX_TRIPS, walk.outer * row_tiles * col_tiles // FILL, col_tiles))
+    chunks = triton.cdiv(col_tiles, trips)
+    return Tiling(list(tensors), walk, tile_rows, block, row_tiles, chunks, trips)
+
+
+def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
+    return p.size(dim) / p.numel() if reduction == MEAN else 1.0
+
+
+def entropy_forward(out, p, dim, reduction, dtype):
+    reduce = reduction != NONE
+    to = _tiling(dim, p, join=reduce, split=reduce)
+    parts = torch.empty(to.programs, dtype=torch.float32, device=p.device) if reduce else out
+    launch(
+        entropy_forward_kernel, (to.programs,), parts, *to.tensors,
+        scalars=to.scalars | to.stride_scalars("p"),
+        constants=dict(REDUCE=reduce, **to.constants),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if reduce:
+        reduce_sum(out, parts, _scale(p, dim, reduction))
+
+
+def entropy_backward(dp, dloss, p, dim, reduction):
+    reduce = reduction != NONE
+    to = _tiling(dim, dp, p, join=reduce, split=True)
+    computed, placed = to.tensors
+    launch(
+        entropy_backward_kernel, (to.programs,), computed, dloss.contiguous(), placed,
+        scalars=to.scalars | dict(scale=_scale(p, dim, reduction)) | to.stride_scalars("dp", "p"),
+        constants=dict(REDUCE=reduce, **to.constants),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if computed is not dp:
+        dp.copy_(computed)

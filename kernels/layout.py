@@ -1,0 +1,91 @@
+"""Host-side layouts: how a kernel walks tensors of any shape and strides without copying them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Plane(NamedTuple):
+    """`rows` x `cols` elements, and one (row stride, column stride) for each tensor."""
+
+    rows: int
+    cols: int
+    strides: list[tuple[int, int]]
+
+
+def plane(*tensors: torch.Tensor) -> Plane | None:
+    """One common two-dimensional walk over tensors of one shape, or None where they have none."""
+    first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return Plane(1, first.numel(), [(0, 1)] * len(tensors))
+    order = sorted(range(first.dim()), key=lambda d: -first.stride(d))
+    merged: list[list[int]] = []  # [size, stride of each tensor]
+    for d in order:
+        size, strides = first.size(d), [t.stride(d) for t in tensors]
+        if size == 1:
+            continue
+        if merged and all(
+            outer == inner * size for outer, inner in zip(merged[-1][1:], strides, strict=True)
+        ):
+            merged[-1] = [merged[-1][0] * size, *strides]
+        else:
+            merged.append([size, *strides])
+    if len(merged) > 2:
+        return None
+    merged = [[1, *[0] * len(tensors)]] * (2 - len(merged)) + merged
+    return Plane(merged[0][0], merged[1][0], list(zip(merged[0][1:], merged[1][1:], strict=True)))
+
+
+class Rows(NamedTuple):
+    """`outer` x `inner` rows of `cols` classes; for each tensor (outer, inner, class) strides."""
+
+    outer: int
+    inner: int
+    cols: int
+    strides: list[tuple[int, int, int]]
+
+
+def _collapse(sizes: list[int], strides: list[list[int]]) -> tuple[int, list[int]] | None:
+    """(size, strides) of dimensions that every tensor can walk as one."""
+    size, walked = 1, [0] * len(strides)
+    for k in reversed(range(len(sizes))):
+        if sizes[k] == 1:
+            continue
+        at = [s[k] for s in strides]
+        if size == 1:
+            walked = at
+        elif any(a != w * size for a, w in zip(at, walked, strict=True)):
+            return None
+        size *= sizes[k]
+    return size, walked
+
+
+def rows(dim: int, *tensors: torch.Tensor) -> Rows | None:
+    """The rows of tensors of one shape over `dim`, or None where only copies can be walked."""
+    sizes, strides = list(tensors[0].shape), [list(t.stride()) for t in tensors]
+    cols, classes = sizes.pop(dim), [s.pop(dim) for s in strides]
+    dim %= len(sizes) + 1
+    whole = _collapse(sizes, strides)
+    outer: tuple[int, list[int]] | None = (1, [0] * len(tensors))
+    inner = whole
+    if whole is None:
+        outer = _collapse(sizes[:dim], [s[:dim] for s in strides])
+        inner = _collapse(sizes[dim:], [s[dim:] for s in strides])
+        if outer is None or inner is None:
+            return None
+    return Rows(outer[0], inner[0], cols, list(zip(outer[1], inner[1], classes, strict=True)))
+
+
+def vector(t: torch.Tensor, outer: int, inner: int) -> tuple[torch.Tensor, int, int]:
+    """A value a row as (tensor, outer stride, inner stride)."""
+    if t.dim() <= 1 and outer == 1:
+        return t, 0, t.stride(0) if t.dim() else 0
+    if t.is_contiguous():
+        return t, inner, 1
+    if t.dim() == 2 and outer > 1:
+        return t, t.stride(0), t.stride(1)
+    if all(s == 0 for s in t.stride()):
+        return t, 0, 0
+    return t.contiguous(), inner, 1

@@ -1,0 +1,156 @@
+"""torch.ops.fusedloss.*: each launcher as an operator with a fake implementation.
+
+An operator's outputs are allocated by one function, which is its fake implementation too; the launcher
+fills them. Operators are registered for every device and carry no autograd: a Function stands on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
+LIBRARY = torch.library.Library("fusedloss", "DEF")
+
+
+def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
+    """Register `kernels.<module>.<name>` as torch.ops.fusedloss.<name>; decorates the allocation."""
+    name = schema.partition("(")[0]
+
+    def register(allocate: Callable) -> Callable:
+        launcher: list[Callable] = []
+
+        def implementation(*arguments):
+            if not launcher:
+                launcher.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
+            outputs = allocate(*arguments)
+            launcher[0](outputs, *arguments)
+            return outputs
+
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedloss::{name}", allocate, lib=LIBRARY)
+        return getattr(getattr(torch.ops.fusedloss, name), "default")
+
+    return register
+
+
+def _reduced(x, reduction, dtype):
+    return x.new_empty((), dtype=dtype) if reduction != NONE else torch.empty_like(x, dtype=dtype)
+
+
+def _gradients(x, target, input_grad, target_grad):
+    """A gradient that nobody asked for is an empty tensor."""
+    return (
+        torch.empty_like(x) if input_grad else x.new_empty(0),
+        torch.empty_like(target) if target_grad else target.new_empty(0),
+    )
+
+
+@operator(
+    "bce_with_logits",
+    "bce_with_logits_forward(Tensor x, Tensor target, Tensor? weight, Tensor? pos_weight,"
+    " float label_smoothing, int reduction, ScalarType dtype) -> Tensor",
+)
+def bce_with_logits_forward(x, target, weight, pos_weight, label_smoothing, reduction, dtype):
+    return _reduced(x, reduction, dtype)
+
+
+@operator(
+    "bce_with_logits",
+    "bce_with_logits_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor? pos_weight,"
+    " float label_smoothing, int reduction, bool input_grad, bool target_grad) -> (Tensor, Tensor)",
+)
+def bce_with_logits_backward(
+    dloss, x, target, weight, pos_weight, label_smoothing, reduction, input_grad, target_grad
+):
+    return _gradients(x, target, input_grad, target_grad)
+
+
+def _rows_shape(x, dim):
+    return [n for d, n in enumerate(x.shape) if d != dim % x.dim()]
+
+
+@operator(
+    "cross_entropy",
+    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, int ignore_index,"
+    " float label_smoothing, float z_loss, float softcap, int reduction, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def cross_entropy_forward(
+    x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+):
+    """loss, z loss, and for backward m, s, b (float32, one a row) and the mean's factors."""
+    rows = _rows_shape(x, min(1, x.dim() - 1))
+    m = x.new_empty(rows, dtype=torch.float32)
+    loss = x.new_empty(rows if reduction == NONE else (), dtype=dtype)
+    dense = target.is_floating_point() or label_smoothing != 0.0
+    return (
+        loss,
+        torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype),
+        m,
+        torch.empty_like(m),
+        torch.empty_like(m) if dense else x.new_empty(0, dtype=torch.float32),
+        x.new_empty(2, dtype=torch.float32),
+    )
+
+
+@operator(
+    "cross_entropy",
+    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor m, Tensor s,"
+    " Tensor b, Tensor scale, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    " int reduction, bool target_grad) -> (Tensor, Tensor)",
+)
+def cross_entropy_backward(
+    dloss, x, target, weight, m, s, b, scale,
+    ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
+):  # fmt: skip
+    return _gradients(x, target, True, target_grad)
+
+
+@operator(
+    "kl_div",
+    "kl_div_forward(Tensor x, Tensor target, bool log_target, int reduction, ScalarType dtype) -> Tensor",
+)
+def kl_div_forward(x, target, log_target, reduction, dtype):
+    return _reduced(x, reduction, dtype)
+
+
+@operator(
+    "kl_div",
+    "kl_div_backward(Tensor dloss, Tensor x, Tensor target, bool log_target, int reduction,"
+    " bool input_grad, bool target_grad) -> (Tensor, Tensor)",
+)
+def kl_div_backward(dloss, x, target, log_target, reduction, input_grad, target_grad):
+    return _gradients(x, target, input_grad, target_grad)
+
+
+@operator(
+    "bce",
+    "bce_forward(Tensor x, Tensor target, Tensor? weight, int reduction, ScalarType dtype) -> Tensor",
+)
+def bce_forward(x, target, weight, reduction, dtype):
+    return _reduced(x, reduction, dtype)
+
+
+@operator(
+    "bce",
+    "bce_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, int reduction,"
+    " bool input_grad, bool target_grad) -> (Tensor, Tensor)",
+)
+def bce_backward(dloss, x, target, weight, reduction, input_grad, target_grad):
+    return _gradients(x, target, input_grad, target_grad)
+
+
+@operator("entropy", "entropy_forward(Tensor p, int dim, int reduction, ScalarType dtype) -> Tensor")
+def entropy_forward(p, dim, reduction, dtype):
+    shape = list(p.shape)
+    del shape[dim]
+    return p.new_empty(() if reduction != NONE else shape, dtype=dtype)
+
+
+@operator("entropy", "entropy_backward(Tensor dloss, Tensor p, int dim, int reduction) -> Tensor")
+def entropy_backward(dloss, p, dim, reduction):
+    return torch.empty_like(p)

@@ -1,0 +1,68 @@
+"""The second launch of a reduced loss: partial sums to sum(loss) / sum(weight) + sum(z) / count."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from .launch import kernel, launch
+
+BLOCK = 4096
+
+
+@kernel
+def sum_kernel(out_ptr, part_ptr, n, scale, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        at = start + lane
+        total += tl.load(part_ptr + at, mask=at < n, other=0.0)
+    tl.store(out_ptr, (tl.sum(total) * scale).to(out_ptr.dtype.element_ty))
+
+
+def reduce_sum(out: torch.Tensor, parts: torch.Tensor, scale: float) -> None:
+    """out <- scale * sum(parts), in one program and one order."""
+    launch(
+        sum_kernel, (1,), out, parts,
+        scalars=dict(n=parts.numel(), scale=scale), constants=dict(BLOCK=BLOCK), num_warps=8,
+    )  # fmt: skip
+
+
+@kernel
+def means_kernel(
+    loss_ptr, z_ptr, scale_ptr, part_ptr, n, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], tl.float32)
+    loss, weight, z, count = zero, zero, zero, zero
+    for start in range(0, n, BLOCK):
+        at = part_ptr + start + lane
+        mask = start + lane < n
+        loss += tl.load(at, mask=mask, other=0.0)
+        weight += tl.load(at + n, mask=mask, other=0.0)
+        if Z:
+            z += tl.load(at + 2 * n, mask=mask, other=0.0)
+            count += tl.load(at + 3 * n, mask=mask, other=0.0)
+    scale, z_scale, total = 1.0, 1.0, tl.sum(loss)
+    if MEAN:
+        scale = 1.0 / tl.sum(weight)
+        total = total / tl.sum(weight)
+        z_scale = scale
+    if Z:
+        if MEAN:
+            z_scale = 1.0 / tl.sum(count)
+        z_total = tl.sum(z) * z_scale
+        tl.store(z_ptr, z_total.to(z_ptr.dtype.element_ty))
+        total += z_total
+    tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+    tl.store(scale_ptr, scale)
+    tl.store(scale_ptr + 1, z_scale)
+
+
+def reduce_means(loss, z, scale, parts: torch.Tensor, with_z: bool, mean: bool) -> None:
+    """loss, z <- sums of the parts' rows (loss, weight, z, count), divided where `mean`; scale <- the
+    factors of both, for backward."""
+    launch(
+        means_kernel, (1,), loss, z, scale, parts, scalars=dict(n=parts.shape[1]),
+        constants=dict(Z=with_z, MEAN=mean, BLOCK=1024), num_warps=8,
+    )  # fmt: skip

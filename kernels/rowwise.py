@@ -1,0 +1,224 @@
+"""What the losses over rows of logits share: which rows and columns a program visits, and how.
+
+A long row has a program of its own. It starts with its first 16-byte aligned element: `full` blocks
+without a mask, then blocks with one (the label's block, which leaves the label out, and the tail), then
+the edges, at most seven elements before and behind. Short rows, and rows whose classes lie apart, stand
+several in a tile [ROWS, BLOCK], every block of it masked. BLOCK is U loads of T lanes of V elements.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import Rows, rows
+from .numerics import LOG2E, LOWEST, lanes_max, lanes_sum, scale2, spread
+
+FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
+VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
+EDGE: tl.constexpr = tl.constexpr(16)
+APART: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit
+def rows_at(inner, ROWS: tl.constexpr):
+    """This program's outer index and its rows within it [ROWS]."""
+    tiles = tl.cdiv(inner, ROWS)
+    program = tl.program_id(0)
+    return (program // tiles).to(tl.int64), (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, BLOCK: tl.constexpr, HINT: tl.constexpr):
+    """(first, end, full, label_block, clean, masked): aligned blocks lie between columns first and end,
+    `full` of them whole; `clean` blocks need no mask, those without the label (label_block is `full`
+    where the label is in none), and `masked` blocks do. Unwanted rows have masked blocks alone."""
+    if ROWS > 1:
+        return 0, n_cols, 0, 0, 0, tl.cdiv(n_cols, BLOCK)
+    else:
+        first = tl.minimum((-tl.sum(x_at) & (HINT - 1)).to(tl.int32), n_cols)
+        end = n_cols - (n_cols - first) % HINT
+        full = (end - first) // BLOCK
+        at = tl.max(label) - first
+        label_block = tl.where((at >= 0) & (at // BLOCK < full), at // BLOCK, full)
+        here = (label_block < full).to(tl.int32)
+        blocks = tl.cdiv(end - first, BLOCK)
+        clean = tl.where(wanted, full - here, 0)
+        return first, end, full, label_block, clean, blocks - clean
+
+
+@triton.jit
+def clean_col(i, plan, BLOCK: tl.constexpr):
+    """The first column of clean block i: the label's block is passed over."""
+    return plan[0] + (i + (i >= plan[3]).to(tl.int32)) * BLOCK
+
+
+@triton.jit
+def masked_col(i, plan, BLOCK: tl.constexpr):
+    """The first column of masked block i: the label's block, then the tail; all blocks if none is clean."""
+    first, end, full, label_block, clean, masked = plan
+    block = tl.where((i == 0) & (label_block < full), label_block, full)
+    return first + tl.where(clean > 0, block, i) * BLOCK
+
+
+@triton.jit
+def block_lanes(U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (U is APART there)."""
+    lane = tl.arange(0, U * T * V)[None, :]
+    if U == APART:
+        lane = lane.to(tl.int64)
+    return lane
+
+
+@triton.jit
+def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
+    """Pointers to a block's elements: rows at `at` [ROWS, 1], columns col + lane [1, BLOCK]."""
+    start = at + (tl.full([1, 1], 0, tl.int64) + col) * class_stride
+    if HINT > 1:
+        start = tl.multiple_of(start, [HINT, HINT])
+    return ptr + start + lane * class_stride
+
+
+@triton.jit
+def load_block(place, mask):
+    """Elements in float32; mask None reads them all."""
+    if mask is None:
+        return tl.load(place).to(tl.float32)
+    else:
+        return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_block(place, value, mask):
+    value = value.to(place.dtype.element_ty)
+    if mask is None:
+        tl.store(place, value)
+    else:
+        tl.store(place, value, mask=mask)
+
+
+@triton.jit
+def block_mask(col, lane, plan, HINT: tl.constexpr):
+    """The block's columns before `end`, told so that a mask never splits an aligned vector."""
+    before = tl.multiple_of(plan[1] - plan[0], HINT)
+    return tl.multiple_of(col - plan[0], HINT) + lane < before
+
+
+@triton.jit
+def edge_cols(plan):
+    """The columns outside [first, end) [1, EDGE]; beyond every row where there are fewer."""
+    lane = tl.arange(0, EDGE)[None, :]
+    return tl.where(lane < EDGE // 2, tl.where(lane < plan[0], lane, 2**30), plan[1] + lane - EDGE // 2)
+
+
+@triton.jit
+def lse_start(ROWS: tl.constexpr, T: tl.constexpr):
+    zero = tl.zeros([ROWS, T], tl.float32)
+    return tl.full([ROWS, T], LOWEST, tl.float32), zero, zero, zero
+
+
+@triton.jit
+def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
+               V: tl.constexpr):  # fmt: skip
+    """One block [ROWS, BLOCK] into the lanes [ROWS, T]: m the maximum, s = sum 2^(x log2(e) - m), and
+    where DENSE a = sum q (x log2(e) - m), b = sum q. An element with x = LOWEST, q = 0 adds nothing."""
+    x = tl.reshape(x, [x.shape[0], U, T, V])
+    top = tl.maximum(m, lanes_max(x) * LOG2E)
+    u = scale2(x, spread(top))
+    s = tl.fma(s, tl.exp2(m - top), lanes_sum(tl.exp2(u)))
+    if DENSE:
+        q = tl.reshape(q, [x.shape[0], U, T, V])
+        a = a + tl.fma(b, m - top, lanes_sum(q * u))
+        b = b + lanes_sum(q)
+    return top, s, a, b
+
+
+@triton.jit
+def lse_join(m, s, a, b):
+    """Lanes [ROWS, T] to rows [ROWS]."""
+    top = tl.max(m, 1)
+    down = m - top[:, None]
+    return top, tl.sum(s * tl.exp2(down), 1), tl.sum(tl.fma(b, down, a), 1), tl.sum(b, 1)
+
+
+@triton.jit
+def lse_meet(m, s, a, b, m2, s2, a2, b2):
+    """Two parts of the same rows to one."""
+    top = tl.maximum(m, m2)
+    s = s * tl.exp2(m - top) + s2 * tl.exp2(m2 - top)
+    return top, s, tl.fma(b, m - top, a) + tl.fma(b2, m2 - top, a2), b + b2
+
+
+class Tiling(NamedTuple):
+    """The compile-time sizes of a row's class, and the warps of a program."""
+
+    ROWS: int
+    U: int
+    T: int
+    V: int
+    HINT: int
+    num_warps: int
+
+    @property
+    def block(self) -> int:
+        return self.U * self.T * self.V
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(ROWS=self.ROWS, U=self.U, T=self.T, V=self.V, HINT=self.HINT)
+
+
+def tiling(walk: Rows, element_size: int) -> Tiling:
+    """Four classes by row length: to 16, to 128, to 1024 where rows are aligned, and longer.
+
+    Classes that lie apart (class stride not 1) have a table of their own: positions side by side."""
+    v = 16 // element_size
+    if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
+        apart = APART.value
+        return Tiling(256, apart, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, apart, 8, 1, 1, 4)
+    first = walk.strides[0]
+    together = all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
+    aligned = together and walk.cols % VECTOR == first[0] % VECTOR == first[1] % VECTOR == 0
+    if walk.cols <= 16:
+        return Tiling(128, 1, 16, 1, 1, 4)
+    if walk.cols <= 128:
+        return Tiling(16, 1, 128, 1, 1, 4)
+    if walk.cols <= 1024 and aligned:
+        return Tiling(2, 1, 1024 // v, v, VECTOR, 4)
+    return Tiling(1, 2, 256, v, VECTOR if together else 1, 8)
+
+
+def row_walk(
+    dim: int, *tensors: torch.Tensor | None
+) -> tuple[Rows, Tiling, int, list[torch.Tensor | None]]:
+    """Cover the rows of tensors of one shape: (walk, tiling, programs, tensors to use, in their order;
+    those that no common walk fits are contiguous copies)."""
+    there = [t for t in tensors if t is not None]
+    walk = rows(dim, *there)
+    if walk is None:
+        there = [t.contiguous() for t in there]
+        walk = rows(dim, *there)
+    shape = tiling(walk, there[0].element_size())
+    rest, strides = iter(there), iter(walk.strides)
+    placed = [None if t is None else next(rest) for t in tensors]
+    all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]
+    programs = walk.outer * triton.cdiv(walk.inner, shape.ROWS)
+    return walk._replace(strides=all_strides), shape, programs, placed
+
+
+def stride_scalars(*named: tuple[str, tuple[int, int, int]]) -> dict[str, int]:
+    return {
+        f"{name}_{part}": stride
+        for name, strides in named
+        for part, stride in zip(("outer", "inner", "class_stride"), strides, strict=True)
+    }
+
+
+def restore(computed: list[torch.Tensor | None], wanted: list[torch.Tensor | None]) -> None:
+    """Copy outputs that had to be computed elsewhere back to where they belong."""
+    for c, w in zip(computed, wanted, strict=False):
+        if w is not None and c is not w:
+            w.copy_(c)
