@@ -13,7 +13,6 @@ NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one 
 HALF = frozenset((torch.float16, torch.bfloat16))
 _SINGLE_DOUBLE = frozenset((torch.float32, torch.float64))
 _FLOATS = HALF | _SINGLE_DOUBLE
-_LINEAR = 80.0  # softplus(x) is x to the last bit of float64 from 37 on; exp(80) is finite in float32
 
 # taken now, so that a later change of torch's public names does not lead back here
 _torch_bce = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
@@ -45,6 +44,11 @@ def _reduce(loss: Tensor, reduction: int, dtype: torch.dtype, batch: int = 1) ->
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)): it is x to the last bit of float64 from 37 on, and exp(80) is finite in float32."""
+    return softplus(x, 1.0, 80.0)  # written out: Dynamo would take a global float for an input
+
+
 def bce_with_logits(
     x: Tensor,
     target: Tensor,
@@ -62,14 +66,14 @@ def bce_with_logits(
             return _cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
         x, target = _widen(dtype, x, target)
     if weight is None and pos_weight is None:
-        loss = torch.lerp(softplus(x, 1.0, _LINEAR), softplus(-x, 1.0, _LINEAR), target)
+        loss = torch.lerp(_softplus(x), _softplus(-x), target)
     elif _weight_is_odd(weight) or _weight_is_odd(pos_weight):
         return _cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
     else:
-        positive = softplus(-x, 1.0, _LINEAR)
+        positive = _softplus(-x)
         if pos_weight is not None:
             positive = positive * pos_weight.to(x.dtype)
-        loss = torch.lerp(softplus(x, 1.0, _LINEAR), positive, target)
+        loss = torch.lerp(_softplus(x), positive, target)
         if weight is not None:
             loss = loss * weight
     return _reduce(loss, reduction, dtype)

@@ -20,8 +20,9 @@ from .numerics import LN2, LOWEST, log1p, scale2, sigmoid, softplus, tanh
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, edge_cols, load_block, lse_join, lse_meet,
-    lse_start, lse_update, masked_col, restore, row_walk, rows_at, schedule, store_block, stride_scalars,
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, lse_join, lse_meet,
+    lse_start, lse_update, masked_col, restore, row_walk, rows_at, rows_mask, schedule, store_block,
+    stride_scalars, total,
 )  # fmt: skip
 
 
@@ -63,6 +64,14 @@ def load_label(target_ptr, weight_ptr, at, live, n_cols, ignore_index, WEIGHT: t
 
 
 @triton.jit
+def load_label_logit(x_ptr, x_at, label, class_stride, softcap, CAP: tl.constexpr):
+    x = tl.load(x_ptr + x_at + label.to(tl.int64) * class_stride, mask=label >= 0, other=0.0).to(tl.float32)
+    if CAP:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
 def meet_label(x_y, m, s):
     """From a label's logit and the others' (m, s): its scaled and shifted logit u_y, z = lse of the
     others - x_y (NaN for a logit of +inf), and the row's lse: less m, and as it is."""
@@ -88,12 +97,12 @@ def cross_entropy_forward_kernel(
     live = d < inner
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
-    label, w_y, kept = tl.full([ROWS], -1, tl.int32), tl.full([ROWS], 1.0, tl.float32), live
+    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
     if not PROBS:
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
-    x_from = (x_ptr, x_at[:, None], x_class_stride, softcap)
-    q_from = (target_ptr, t_at[:, None], target_class_stride, weight_ptr, keep, shift)
-    plan = schedule(x_at, n_cols, label, tl.max(kept.to(tl.int32)) > 0, ROWS, BLOCK, HINT)
+    x_from = (x_ptr, column(x_at), x_class_stride, softcap)
+    q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
+    plan = schedule(x_at, n_cols, label, kept, ROWS, BLOCK, HINT)
     m, s, a, b = lse_start(ROWS, T)
     lane = block_lanes(U, T, V)
     for i in range(plan[4]):
@@ -103,16 +112,16 @@ def cross_entropy_forward_kernel(
         m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
     for i in range(plan[5]):
         col = masked_col(i, plan, BLOCK)
-        mask = kept[:, None] & block_mask(col, lane, plan, HINT)
-        own = mask & (col + lane != label[:, None])
+        mask = block_mask(kept, col, lane, plan, HINT)
+        own = mask & (col + lane != column(label))
         x = tl.where(own, load_x(x_from, col, lane, mask, CAP, HINT), LOWEST)
         q = tl.where(own, load_q(q_from, col, lane, mask, PROBS, WEIGHT, HINT), 0.0) if DENSE else 0.0
         m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1:
         edge = edge_cols(plan)
-        mask = kept[:, None] & (edge < n_cols)
-        own = mask & (edge != label[:, None])
+        mask = rows_mask(kept, edge, n_cols)
+        own = mask & (edge != column(label))
         x = tl.where(own, load_x(x_from, 0, edge, mask, CAP, 1), LOWEST)
         q = tl.where(own, load_q(q_from, 0, edge, mask, PROBS, WEIGHT, 1), 0.0) if DENSE else 0.0
         m2, s2, a2, b2 = lse_start(1, EDGE)
@@ -124,8 +133,7 @@ def cross_entropy_forward_kernel(
         full_lse = tl.fma(m, LN2, lse)
         loss = tl.fma(b, lse, a * -LN2)
     else:
-        x_y = load_x(x_from, 0, label[:, None], label[:, None] >= 0, CAP, 1)
-        x_y = tl.reshape(x_y, [ROWS])
+        x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         u_y, z, lse, full_lse = meet_label(x_y, m, s)
         loss = w_y * keep * softplus(z)
         if SMOOTH:
@@ -140,11 +148,11 @@ def cross_entropy_forward_kernel(
         z_loss = tl.where(kept, z_factor * full_lse * full_lse, 0.0)
     if REDUCE:
         part, parts = loss_ptr + tl.program_id(0), tl.num_programs(0)
-        tl.store(part, tl.sum(loss))
-        tl.store(part + parts, tl.sum(tl.where(kept, w_y, 0.0)))
+        tl.store(part, total(loss))
+        tl.store(part + parts, total(tl.where(kept, w_y, 0.0)))
         if Z:
-            tl.store(part + 2 * parts, tl.sum(z_loss))
-            tl.store(part + 3 * parts, tl.sum(kept.to(tl.float32)))
+            tl.store(part + 2 * parts, total(z_loss))
+            tl.store(part + 3 * parts, total(tl.where(kept, 1.0, 0.0)))
     else:
         if Z:
             loss += z_loss
@@ -194,20 +202,20 @@ def cross_entropy_backward_kernel(
     live = d < inner
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
-    label, w_y, kept = tl.full([ROWS], -1, tl.int32), tl.full([ROWS], 1.0, tl.float32), live
+    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
     if not PROBS:
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
-    x_from = (x_ptr, x_at[:, None], x_class_stride, softcap)
-    q_from = (target_ptr, t_at[:, None], target_class_stride, weight_ptr, keep, shift)
+    x_from = (x_ptr, column(x_at), x_class_stride, softcap)
+    q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
     m, s = tl.load(m_ptr + row, mask=kept, other=0.0), tl.load(s_ptr + row, mask=kept, other=1.0)
     if REDUCE:
-        g = tl.full([ROWS], 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
-        g_z = tl.full([ROWS], 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
+        g = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
+        g_z = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
     else:
         g_at = dloss_ptr + outer * dloss_outer + d * dloss_inner
         g = tl.load(g_at, mask=live, other=0.0).to(tl.float32)
         g_z = g
-    dense = tl.full([ROWS], 0.0, tl.float32)
+    dense = tl.full(d.shape, 0.0, tl.float32)
     if PROBS or SMOOTH:
         dense = g * tl.load(b_ptr + row, mask=kept, other=0.0)
     if PROBS:
@@ -216,7 +224,7 @@ def cross_entropy_backward_kernel(
             dense = tl.fma(2.0 * z_factor * g_z, tl.fma(m, LN2, lse), dense)
         p, dy = dense / s, dense
     else:
-        x_y = tl.reshape(load_x(x_from, 0, label[:, None], label[:, None] >= 0, CAP, 1), [ROWS])
+        x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         u_y, z, lse, full_lse = meet_label(x_y, m, s)
         dense = tl.fma(g * w_y, shift, dense) if SMOOTH else dense
         if Z:
@@ -226,12 +234,12 @@ def cross_entropy_backward_kernel(
         dy = tl.fma(dense, sigmoid(-z), -at_label * sigmoid(z))
         if SMOOTH:
             dy = tl.fma(-g * w_y, shift, dy)
-    to = (dx_ptr, outer * dx_outer + d[:, None] * dx_inner, dx_class_stride,
-          dt_ptr, outer * dt_outer + d[:, None] * dt_inner, dt_class_stride)  # fmt: skip
-    values = (m[:, None], p[:, None], g[:, None], dy[:, None], lse[:, None], kept[:, None])
-    plan = schedule(x_at, n_cols, label, tl.max(kept.to(tl.int32)) > 0, ROWS, BLOCK, HINT)
+    to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
+          dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
+    values = (column(m), column(p), column(g), column(dy), column(lse), column(kept))
+    plan = schedule(x_at, n_cols, label, kept, ROWS, BLOCK, HINT)
     lane = block_lanes(U, T, V)
-    labels = label[:, None]
+    labels = column(label)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
@@ -242,12 +250,12 @@ def cross_entropy_backward_kernel(
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
-            mask = live[:, None] & block_mask(col, lane, plan, HINT)
+            mask = block_mask(live, col, lane, plan, HINT)
             put_gradients(to, x_from, q_from, col, lane, mask, labels, values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1:
             edge = edge_cols(plan)
-            put_gradients(to, x_from, q_from, 0, edge, live[:, None] & (edge < n_cols), labels, values,
+            put_gradients(to, x_from, q_from, 0, edge, rows_mask(live, edge, n_cols), labels, values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, 1)  # fmt: skip
 
 

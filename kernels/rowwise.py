@@ -25,10 +25,31 @@ APART: tl.constexpr = tl.constexpr(4)
 
 @triton.jit
 def rows_at(inner, ROWS: tl.constexpr):
-    """This program's outer index and its rows within it [ROWS]."""
+    """This program's outer index and its rows within it: [ROWS], or a scalar where it has one."""
     tiles = tl.cdiv(inner, ROWS)
     program = tl.program_id(0)
-    return (program // tiles).to(tl.int64), (program % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = (program % tiles).to(tl.int64) * ROWS
+    if ROWS > 1:
+        d += tl.arange(0, ROWS)
+    return (program // tiles).to(tl.int64), d
+
+
+@triton.jit
+def column(v):
+    """A value a row, against columns: [ROWS, 1]; a scalar stays one."""
+    if len(v.shape) == 0:
+        return v
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def total(v):
+    """The sum of a value a row."""
+    if len(v.shape) == 0:
+        return v
+    else:
+        return tl.sum(v)
 
 
 @triton.jit
@@ -39,10 +60,10 @@ def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, BLOCK: tl.constexp
     if ROWS > 1:
         return 0, n_cols, 0, 0, 0, tl.cdiv(n_cols, BLOCK)
     else:
-        first = tl.minimum((-tl.sum(x_at) & (HINT - 1)).to(tl.int32), n_cols)
+        first = tl.minimum((-x_at & (HINT - 1)).to(tl.int32), n_cols)
         end = n_cols - (n_cols - first) % HINT
         full = (end - first) // BLOCK
-        at = tl.max(label) - first
+        at = label - first
         label_block = tl.where((at >= 0) & (at // BLOCK < full), at // BLOCK, full)
         here = (label_block < full).to(tl.int32)
         blocks = tl.cdiv(end - first, BLOCK)
@@ -75,10 +96,10 @@ def block_lanes(U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
-    """Pointers to a block's elements: rows at `at` [ROWS, 1], columns col + lane [1, BLOCK]."""
-    start = at + (tl.full([1, 1], 0, tl.int64) + col) * class_stride
+    """Pointers to a block's elements: rows at `at` (scalar or [ROWS, 1]), columns col + lane [1, BLOCK]."""
+    start = at + (tl.full([], 0, tl.int64) + col) * class_stride
     if HINT > 1:
-        start = tl.multiple_of(start, [HINT, HINT])
+        start = tl.multiple_of(start, HINT if len(at.shape) == 0 else [HINT, HINT])
     return ptr + start + lane * class_stride
 
 
@@ -101,10 +122,19 @@ def store_block(place, value, mask):
 
 
 @triton.jit
-def block_mask(col, lane, plan, HINT: tl.constexpr):
-    """The block's columns before `end`, told so that a mask never splits an aligned vector."""
-    before = tl.multiple_of(plan[1] - plan[0], HINT)
-    return tl.multiple_of(col - plan[0], HINT) + lane < before
+def rows_mask(rows, place, limit):
+    """Columns at `place` before `limit`, in the rows that are asked for (a scalar or [ROWS])."""
+    if len(rows.shape) == 0:
+        return place < limit * rows.to(tl.int32)
+    else:
+        return rows[:, None] & (place < limit)
+
+
+@triton.jit
+def block_mask(rows, col, lane, plan, HINT: tl.constexpr):
+    """A block's columns before `end`, told so that the mask never splits an aligned vector."""
+    first, end = plan[0], plan[1]
+    return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, tl.multiple_of(end - first, HINT))
 
 
 @triton.jit
@@ -138,10 +168,14 @@ def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.con
 
 @triton.jit
 def lse_join(m, s, a, b):
-    """Lanes [ROWS, T] to rows [ROWS]."""
+    """Lanes [ROWS, T] to rows [ROWS], or to scalars where there is one row."""
     top = tl.max(m, 1)
     down = m - top[:, None]
-    return top, tl.sum(s * tl.exp2(down), 1), tl.sum(tl.fma(b, down, a), 1), tl.sum(b, 1)
+    s, a, b = tl.sum(s * tl.exp2(down), 1), tl.sum(tl.fma(b, down, a), 1), tl.sum(b, 1)
+    if m.shape[0] == 1:
+        return tl.max(top, 0), tl.sum(s, 0), tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        return top, s, a, b
 
 
 @triton.jit

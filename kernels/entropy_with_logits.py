@@ -1,0 +1,211 @@
+"""Entropy of softmax(x) over one dimension: lse(x) - sum(p x); dx = -p (log p + entropy).
+
+With u = x log2(e) - m, m the row's maximum, s = sum 2^u and a = sum 2^u u: entropy = ln s - (a / s) ln 2
+and dx = -(ln 2 / s) 2^u (u - a / s). Saved a row: m, s and a / s. A logit of -inf adds 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import kernel, launch
+from .layout import vector
+from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, scale2, spread
+from .operators import MEAN, NONE
+from .reduce import reduce_sum
+from .rowwise import (
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, masked_col,
+    restore, row_walk, rows_at, rows_mask, schedule, store_block, stride_scalars, total,
+)  # fmt: skip
+
+
+@triton.jit
+def load_x(source, col, lane, mask, HINT: tl.constexpr):
+    """A block of logits in float32, -inf outside the mask."""
+    x_ptr, x_at, class_stride = source
+    x = load_block(block_at(x_ptr, x_at, col, lane, class_stride, HINT), mask)
+    if mask is not None:
+        x = tl.where(mask, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def row_max(v):
+    """Lanes [ROWS, T] to rows [ROWS], or to a scalar where there is one row."""
+    return tl.max(v, 1) if v.shape[0] > 1 else tl.max(v)
+
+
+@triton.jit
+def row_sum(v):
+    return tl.sum(v, 1) if v.shape[0] > 1 else tl.sum(v)
+
+
+@triton.jit
+def entropy_start(ROWS: tl.constexpr, T: tl.constexpr):
+    zero = tl.zeros([ROWS, T], tl.float32)
+    return tl.full([ROWS, T], LOWEST, tl.float32), zero, zero
+
+
+@triton.jit
+def entropy_move(state, top):
+    """s and a relative to a new maximum."""
+    m, s, a = state
+    shift = m - top
+    down = tl.exp2(shift)
+    return s * down, tl.fma(s, shift, a) * down
+
+
+@triton.jit
+def entropy_update(x, state, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """One block [ROWS, BLOCK] into the lanes [ROWS, T]."""
+    x = tl.reshape(x, [x.shape[0], U, T, V])
+    top = tl.maximum(state[0], lanes_max(x) * LOG2E)
+    s, a = entropy_move(state, top)
+    u = scale2(x, spread(top))
+    w = tl.exp2(u)
+    return top, s + lanes_sum(w), a + lanes_sum(w * tl.maximum(u, LOWEST))
+
+
+@triton.jit
+def entropy_join(state):
+    """Lanes [ROWS, T] to rows."""
+    top = row_max(state[0])
+    s, a = entropy_move(state, column(top))
+    return top, row_sum(s), row_sum(a)
+
+
+@kernel
+def entropy_with_logits_forward_kernel(
+    loss_ptr, stats_ptr, x_ptr,
+    inner, n_cols, n_rows, x_outer, x_inner, x_class_stride,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    x_at = outer * x_outer + d * x_inner
+    x_from = (x_ptr, column(x_at), x_class_stride)
+    label = tl.full(d.shape, -1, tl.int32)
+    plan = schedule(x_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    state = entropy_start(ROWS, T)
+    lane = block_lanes(U, T, V)
+    for i in range(plan[4]):
+        x = load_x(x_from, clean_col(i, plan, BLOCK), lane, None, HINT)
+        state = entropy_update(x, state, U, T, V)
+    for i in range(plan[5]):
+        col = masked_col(i, plan, BLOCK)
+        x = load_x(x_from, col, lane, block_mask(live, col, lane, plan, HINT), HINT)
+        state = entropy_update(x, state, U, T, V)
+    m, s, a = entropy_join(state)
+    if ROWS == 1 and HINT > 1:
+        edge = edge_cols(plan)
+        x = load_x(x_from, 0, edge, rows_mask(live, edge, n_cols), 1)
+        edges = entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1))
+        top = tl.maximum(m, edges[0])
+        s, a = entropy_move((m, s, a), top)
+        edge_s, edge_a = entropy_move(edges, top)
+        m, s, a = top, s + edge_s, a + edge_a
+    mean = a / s
+    row = outer * inner + d
+    tl.store(stats_ptr + row, m, mask=live)
+    tl.store(stats_ptr + n_rows + row, s, mask=live)
+    tl.store(stats_ptr + 2 * n_rows + row, mean, mask=live)
+    loss = tl.where(live, tl.fma(mean, -LN2, tl.log(s)), 0.0)
+    if REDUCE:
+        tl.store(loss_ptr + tl.program_id(0), total(loss))
+    else:
+        tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def put_gradient(to, x_from, col, lane, mask, values, HINT: tl.constexpr):
+    """dx = k 2^u (u - mean) for one block."""
+    dx_ptr, dx_at, dx_stride = to
+    m, mean, k = values
+    u = scale2(load_x(x_from, col, lane, mask, HINT), m)
+    dx = k * tl.exp2(u) * (tl.maximum(u, LOWEST) - mean)
+    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
+
+
+@kernel
+def entropy_with_logits_backward_kernel(
+    dx_ptr, dloss_ptr, stats_ptr, x_ptr,
+    inner, n_cols, n_rows, scale, dloss_outer, dloss_inner,
+    dx_outer, dx_inner, dx_class_stride, x_outer, x_inner, x_class_stride,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    row = outer * inner + d
+    if REDUCE:
+        g = tl.load(dloss_ptr).to(tl.float32) * scale
+    else:
+        g_at = dloss_ptr + outer * dloss_outer + d * dloss_inner
+        g = tl.load(g_at, mask=live, other=0.0).to(tl.float32)
+    m = tl.load(stats_ptr + row, mask=live, other=0.0)
+    s = tl.load(stats_ptr + n_rows + row, mask=live, other=1.0)
+    mean = tl.load(stats_ptr + 2 * n_rows + row, mask=live, other=0.0)
+    values = (column(m), column(mean), column(g * -LN2 / s))
+    x_at = outer * x_outer + d * x_inner
+    x_from = (x_ptr, column(x_at), x_class_stride)
+    to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
+    label = tl.full(d.shape, -1, tl.int32)
+    plan = schedule(x_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    lane = block_lanes(U, T, V)
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            put_gradient(to, x_from, clean_col(i, plan, BLOCK), lane, None, values, HINT)
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, BLOCK)
+            mask = block_mask(live, col, lane, plan, HINT)
+            put_gradient(to, x_from, col, lane, mask, values, HINT)
+        if ROWS == 1 and HINT > 1:
+            edge = edge_cols(plan)
+            put_gradient(to, x_from, 0, edge, rows_mask(live, edge, n_cols), values, 1)
+
+
+def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
+    return x.size(dim) / x.numel() if reduction == MEAN else 1.0
+
+
+def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
+    loss, stats = outputs
+    walk, shape, programs, placed = row_walk(dim, x)
+    reduce = reduction != NONE
+    parts = x.new_empty(programs, dtype=torch.float32) if reduce else loss
+    launch(
+        entropy_with_logits_forward_kernel, (programs,), parts, stats, *placed,
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            **stride_scalars(("x", walk.strides[0])),
+        ),
+        constants=dict(REDUCE=reduce, **shape.constants),
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    if reduce:
+        reduce_sum(loss, parts, _scale(x, dim, reduction))
+
+
+def entropy_with_logits_backward(dx, dloss, x, stats, dim, reduction):
+    walk, shape, programs, placed = row_walk(dim, x, dx)
+    dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
+    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
+    launch(
+        entropy_with_logits_backward_kernel, (programs, chunks), placed[1], dloss, stats, placed[0],
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            scale=_scale(x, dim, reduction), dloss_outer=dloss_outer, dloss_inner=dloss_inner,
+            **stride_scalars(("dx", walk.strides[1]), ("x", walk.strides[0])),
+        ),
+        constants=dict(REDUCE=reduction != NONE, **shape.constants),
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    restore(placed[1:], [dx])

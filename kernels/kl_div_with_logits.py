@@ -1,0 +1,236 @@
+"""Kullback-Leibler divergence between two softmaxes of logits at a temperature T: T^2 KL(p || q), where
+p = softmax(target / T) and q = softmax(x / T); `reverse` swaps them. The kernels know a first and a second.
+
+With u = y log2(e) / T - m for logits y, m the row's scaled maximum, s = sum 2^u, a = sum 2^u1 (u1 - u2):
+KL = (a / s1) ln 2 + ln(s2 / s1), so that a common offset cancels. Its gradients in the logits, times T:
+d1 = p1 ln 2 ((u1 - u2) - a / s1), d2 = p2 - p1. Saved a row: m1, s1, m2, s2, a / s1.
+
+Where p1 is 0 the term is 0, whatever the second's logit is (torch's kl_div is nan where p2 is 0 as well).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .entropy_with_logits import row_max, row_sum
+from .launch import kernel, launch
+from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, spread
+from .operators import BATCHMEAN, MEAN
+from .reduce import reduce_sum
+from .rowwise import (
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, masked_col,
+    restore, row_walk, rows_at, rows_mask, schedule, store_block, stride_scalars, total,
+)  # fmt: skip
+
+
+@triton.jit
+def load_pair(pair_from, col, lane, mask, HINT: tl.constexpr):
+    """A block of both logits in float32, -inf outside the mask."""
+    first_ptr, first_at, first_stride, second_ptr, second_at, second_stride = pair_from
+    first = load_block(block_at(first_ptr, first_at, col, lane, first_stride, HINT), mask)
+    second = load_block(block_at(second_ptr, second_at, col, lane, second_stride, HINT), mask)
+    if mask is not None:
+        first = tl.where(mask, first, float("-inf"))
+        second = tl.where(mask, second, float("-inf"))
+    return first, second
+
+
+@triton.jit
+def kl_start(ROWS: tl.constexpr, T: tl.constexpr):
+    low, zero = tl.full([ROWS, T], LOWEST, tl.float32), tl.zeros([ROWS, T], tl.float32)
+    return low, zero, low, zero, zero
+
+
+@triton.jit
+def kl_move(state, top1, top2):
+    """s1, s2 and a relative to new maxima; what has vanished beside the first's maximum adds 0."""
+    m1, s1, m2, s2, a = state
+    shift1, shift2 = m1 - top1, m2 - top2
+    down = tl.exp2(shift1)
+    a = tl.where(down > 0, down * tl.fma(s1, shift1 - shift2, a), 0.0)
+    return s1 * down, s2 * tl.exp2(shift2), a
+
+
+@triton.jit
+def kl_update(pair, factor, state, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """One block of both logits [ROWS, BLOCK] into the lanes [ROWS, T]; factor = log2(e) / temperature."""
+    y1 = tl.reshape(pair[0], [pair[0].shape[0], U, T, V])
+    y2 = tl.reshape(pair[1], [pair[1].shape[0], U, T, V])
+    top1 = tl.maximum(state[0], lanes_max(y1) * factor)
+    top2 = tl.maximum(state[2], lanes_max(y2) * factor)
+    s1, s2, a = kl_move(state, top1, top2)
+    u1, u2 = tl.fma(y1, factor, -spread(top1)), tl.fma(y2, factor, -spread(top2))
+    w = tl.exp2(u1)
+    a += lanes_sum(tl.where(w > 0, w * (u1 - u2), 0.0))
+    return top1, s1 + lanes_sum(w), top2, s2 + lanes_sum(tl.exp2(u2)), a
+
+
+@triton.jit
+def kl_join(state):
+    """Lanes [ROWS, T] to rows."""
+    top1, top2 = row_max(state[0]), row_max(state[2])
+    s1, s2, a = kl_move(state, column(top1), column(top2))
+    return top1, row_sum(s1), top2, row_sum(s2), row_sum(a)
+
+
+@triton.jit
+def kl_meet(one, other):
+    """Two parts of the same rows to one."""
+    top1, top2 = tl.maximum(one[0], other[0]), tl.maximum(one[2], other[2])
+    s1, s2, a = kl_move(one, top1, top2)
+    t1, t2, b = kl_move(other, top1, top2)
+    return top1, s1 + t1, top2, s2 + t2, a + b
+
+
+@kernel
+def kl_div_with_logits_forward_kernel(
+    loss_ptr, stats_ptr, first_ptr, second_ptr,
+    inner, n_cols, n_rows, factor,
+    first_outer, first_inner, first_class_stride, second_outer, second_inner, second_class_stride,
+    ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    first_at, second_at = outer * first_outer + d * first_inner, outer * second_outer + d * second_inner
+    pair_from = (first_ptr, column(first_at), first_class_stride,
+                 second_ptr, column(second_at), second_class_stride)  # fmt: skip
+    label = tl.full(d.shape, -1, tl.int32)
+    plan = schedule(first_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    state = kl_start(ROWS, T)
+    lane = block_lanes(U, T, V)
+    for i in range(plan[4]):
+        pair = load_pair(pair_from, clean_col(i, plan, BLOCK), lane, None, HINT)
+        state = kl_update(pair, factor, state, U, T, V)
+    for i in range(plan[5]):
+        col = masked_col(i, plan, BLOCK)
+        pair = load_pair(pair_from, col, lane, block_mask(live, col, lane, plan, HINT), HINT)
+        state = kl_update(pair, factor, state, U, T, V)
+    state = kl_join(state)
+    if ROWS == 1 and HINT > 1:
+        edge = edge_cols(plan)
+        pair = load_pair(pair_from, 0, edge, rows_mask(live, edge, n_cols), 1)
+        state = kl_meet(state, kl_join(kl_update(pair, factor, kl_start(1, EDGE), 1, EDGE, 1)))
+    m1, s1, m2, s2, a = state
+    mean = a / s1
+    at = stats_ptr + outer * inner + d
+    tl.store(at, m1, mask=live)
+    tl.store(at + n_rows, s1, mask=live)
+    tl.store(at + 2 * n_rows, m2, mask=live)
+    tl.store(at + 3 * n_rows, s2, mask=live)
+    tl.store(at + 4 * n_rows, mean, mask=live)
+    loss = tl.where(live, tl.fma(mean, LN2, tl.log(s2 / s1)), 0.0)
+    tl.store(loss_ptr + tl.program_id(0), total(loss))
+
+
+@triton.jit
+def put_gradients(to, pair_from, factor, col, lane, mask, values, FIRST_GRAD: tl.constexpr,
+                  SECOND_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """d1 = k1 ln 2 2^u1 ((u1 - u2) - mean) and d2 = k2 2^u2 - k1 2^u1 for one block, k = g / s."""
+    d1_ptr, d1_at, d1_stride, d2_ptr, d2_at, d2_stride = to
+    m1, k1, m2, k2, mean = values
+    y1, y2 = load_pair(pair_from, col, lane, mask, HINT)
+    u1, u2 = tl.fma(y1, factor, -m1), tl.fma(y2, factor, -m2)
+    w = tl.exp2(u1)
+    if FIRST_GRAD:
+        d1 = tl.where(w > 0, k1 * LN2 * w * (u1 - u2 - mean), k1 * w)
+        store_block(block_at(d1_ptr, d1_at, col, lane, d1_stride, HINT), d1, mask)
+    if SECOND_GRAD:
+        d2 = tl.fma(k2, tl.exp2(u2), -k1 * w)
+        store_block(block_at(d2_ptr, d2_at, col, lane, d2_stride, HINT), d2, mask)
+
+
+@kernel
+def kl_div_with_logits_backward_kernel(
+    d1_ptr, d2_ptr, dloss_ptr, stats_ptr, first_ptr, second_ptr,
+    inner, n_cols, n_rows, factor, scale,
+    d1_outer, d1_inner, d1_class_stride, d2_outer, d2_inner, d2_class_stride,
+    first_outer, first_inner, first_class_stride, second_outer, second_inner, second_class_stride,
+    FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = U * T * V
+    outer, d = rows_at(inner, ROWS)
+    live = d < inner
+    at = stats_ptr + outer * inner + d
+    m1, s1 = tl.load(at, mask=live, other=0.0), tl.load(at + n_rows, mask=live, other=1.0)
+    m2, s2 = tl.load(at + 2 * n_rows, mask=live, other=0.0), tl.load(at + 3 * n_rows, mask=live, other=1.0)
+    mean = tl.load(at + 4 * n_rows, mask=live, other=0.0)
+    g = tl.load(dloss_ptr).to(tl.float32) * scale
+    values = (column(m1), column(g / s1), column(m2), column(g / s2), column(mean))
+    first_at, second_at = outer * first_outer + d * first_inner, outer * second_outer + d * second_inner
+    pair_from = (first_ptr, column(first_at), first_class_stride,
+                 second_ptr, column(second_at), second_class_stride)  # fmt: skip
+    to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
+          d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
+    label = tl.full(d.shape, -1, tl.int32)
+    plan = schedule(first_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    lane = block_lanes(U, T, V)
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            put_gradients(to, pair_from, factor, clean_col(i, plan, BLOCK), lane, None, values,
+                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, BLOCK)
+            mask = block_mask(live, col, lane, plan, HINT)
+            put_gradients(to, pair_from, factor, col, lane, mask, values, FIRST_GRAD, SECOND_GRAD, HINT)
+        if ROWS == 1 and HINT > 1:
+            edge = edge_cols(plan)
+            put_gradients(to, pair_from, factor, 0, edge, rows_mask(live, edge, n_cols), values,
+                          FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
+
+
+def _scale(x: torch.Tensor, reduction: int) -> float:
+    return 1.0 / {MEAN: x.numel(), BATCHMEAN: x.size(0)}.get(reduction, 1)
+
+
+def _sides(x, target, reverse: bool):
+    """(first, second) of KL(first || second)."""
+    return (x, target) if reverse else (target, x)
+
+
+def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, reduction, dtype):
+    loss, stats = outputs
+    walk, shape, programs, placed = row_walk(dim, x, target)
+    strides = _sides(*walk.strides, reverse)
+    parts = x.new_empty(programs, dtype=torch.float32)
+    launch(
+        kl_div_with_logits_forward_kernel, (programs,), parts, stats, *_sides(*placed, reverse),
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            factor=LOG2E.value / temperature,
+            **stride_scalars(("first", strides[0]), ("second", strides[1])),
+        ),
+        constants=shape.constants,
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    reduce_sum(loss, parts, temperature * temperature * _scale(x, reduction))
+
+
+def kl_div_with_logits_backward(
+    outputs, dloss, x, target, stats, dim, temperature, reverse, reduction, input_grad, target_grad
+):
+    wanted = [outputs[0] if input_grad else None, outputs[1] if target_grad else None]
+    walk, shape, programs, placed = row_walk(dim, x, target, *wanted)
+    strides = [*_sides(*walk.strides[2:], reverse), *_sides(*walk.strides[:2], reverse)]
+    grads = _sides(*placed[2:], reverse)
+    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
+    launch(
+        kl_div_with_logits_backward_kernel, (programs, chunks),
+        *grads, dloss, stats, *_sides(*placed[:2], reverse),
+        scalars=dict(
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
+            **stride_scalars(*zip(("d1", "d2", "first", "second"), strides, strict=True)),
+        ),
+        constants=dict(
+            FIRST_GRAD=grads[0] is not None, SECOND_GRAD=grads[1] is not None, **shape.constants
+        ),
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+    restore(placed[2:], wanted)
