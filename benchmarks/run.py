@@ -12,113 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported
-
+import plot
 import torch
+from devices import CPU, GPU, copy_gbs
 from peers import peers
+from plot import OURS, PASSES
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch.utils.benchmark import Timer
 
 import fusedloss
 from fusedloss.testing import CASES, Case, Inputs, forward_backward
 
-OURS, PASSES = "fusedloss", ("forward", "backward", "both")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative: a gate, not a score
 COMPILED_ON_CPU = {"cross_entropy/index", "binary_cross_entropy_with_logits/plain", "kl_div/log_target"}
-Times = tuple[float, float, float]  # ms: median, 20 % and 80 % quantiles
 warnings.filterwarnings("ignore", message="reduction: 'mean' divides")
-
-
-class CPU:
-    device, shape, seconds = "cpu", (1024, 8192), 150.0
-    note = "No GPU was timed: these are times of the CPU path (the reference)."
-
-    def __init__(self) -> None:
-        info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-        model = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "CPU")
-        self.name = f"{model}, {torch.get_num_threads()} threads"
-
-    def memory(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 4 << 30
-
-    def times(self, calls: dict[Any, Callable], seconds: float) -> dict[Any, Times]:
-        """Interleaved, so that a busy neighbour slows all of them and the ratios stay."""
-        timers = {key: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-                  for key, f in calls.items()}  # fmt: skip
-        number = {key: max(1, round(2e-3 / t.timeit(1).mean)) for key, t in timers.items()}
-        samples: dict[Any, list[float]] = {key: [] for key in calls}
-        end = time.monotonic() + seconds
-        rounds = 0
-        while rounds < 3 or (rounds < 50 and time.monotonic() < end):
-            rounds += 1
-            for key, timer in timers.items():
-                samples[key].append(timer.timeit(number[key]).mean * 1e3)
-        return {key: _quantiles(s) for key, s in samples.items()}
-
-    def memory_and_launches(self, call: Callable) -> tuple[int, int | None]:
-        """Peak bytes beyond the inputs, from the allocator's events; a CPU has no launches."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-            kept = call()
-        events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        del kept
-        return peak, None
-
-
-class GPU:
-    device, shape, seconds = "cuda", (4096, 32000), 600.0
-    note = ""
-
-    def __init__(self) -> None:
-        self.name = torch.cuda.get_device_name()
-
-    def memory(self) -> int:
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-
-    def times(self, calls: dict[Any, Callable], seconds: float) -> dict[Any, Times]:
-        """do_bench empties the L2 cache before each call; the host's part overlaps."""
-        from triton.testing import do_bench
-
-        rep = min(200.0, max(20.0, seconds * 1e3 / len(calls)))
-        return {key: tuple(do_bench(f, warmup=rep / 4, rep=rep, quantiles=(0.5, 0.2, 0.8)))
-                for key, f in calls.items()}  # fmt: skip
-
-    def memory_and_launches(self, call: Callable) -> tuple[int, int | None]:
-        """Peak bytes beyond the inputs, and kernels, copies and fills on the device."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        del kept
-        cuda = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, cuda]) as p:
-            call()
-            torch.cuda.synchronize()
-        on_device = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return peak, sum(not getattr(e, "is_user_annotation", False) for e in on_device)
-
-
-def _quantiles(samples: list[float]) -> Times:
-    low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
-    return statistics.median(samples), low, high
 
 
 def _map(inputs: Inputs, f: Callable) -> Inputs:
@@ -203,35 +119,52 @@ def run_case(case: Case, host: Any, shape: tuple[int, int], dtype: torch.dtype, 
         yield result
 
 
-def copy_gbs(host: Any) -> float:
-    source = torch.ones((1 << 30 if host.device == "cuda" else 1 << 28) // 4, device=host.device)
-    to = torch.empty_like(source)
-    return 2 * source.nbytes / host.times({"": lambda: to.copy_(source)}, 1.0)[""][0] / 1e6
-
-
-def table(report: dict[str, Any]) -> Table:
-    of = {(r["case"], r["name"]): r for r in report["results"]}
-    out = Table(title=f"{report['device']}: {report['rows']} x {report['cols']}, {report['dtype']}",
-                caption=f"ms: median, ± half the 20-80 % range. GB/s and % of a copy's {report['copy_gbs']:.1f} GB/s "
-                "count the bytes that forward and backward must move.\nMiB: peak beyond the inputs, forward and "
-                "backward. x torch: both, torch's time over this one's.")  # fmt: skip
-    for name in ("case", "", *PASSES, "GB/s", "% copy", "x torch", "MiB", "launches"):
-        out.add_column(name, justify="left" if name in ("case", "") else "right", no_wrap=True)
-    shown = None
-    for (case, name), r in of.items():
-        if shown not in (None, case):
-            out.add_section()
-        first, shown, style = case if case != shown else "", case, "bold" if name == OURS else None
-        if "ms" not in r:
-            out.add_row(first, name, f"[red]{r['verdict'].split(':')[0]}", style=style)
+def run(args: Any, host: Any, console: Console, shape: tuple[int, int], compiled: set[str]) -> bool:
+    """Measure, print and write one table; whether one of our own results was wrong."""
+    dtype = getattr(torch, args.dtype)
+    cases = [case for case in CASES if args.cases in case.name]
+    seconds = args.seconds or (host.seconds / 5 if args.quick else host.seconds)
+    report: dict[str, Any] = dict(
+        device=host.name, kind=host.device, dtype=args.dtype, rows=shape[0], cols=shape[1], note=host.note,
+        torch=torch.__version__, triton=version("triton"), fusedloss=fusedloss.__version__,
+        copy_gbs=copy_gbs(host), results=[], left_out=[],
+    )  # fmt: skip
+    end = time.monotonic() + seconds
+    for i, case in track([*enumerate(cases)], f"{shape[0]} x {shape[1]} {args.dtype}", console=console):
+        now = time.monotonic()
+        if now > end:
+            report["left_out"].append(case.name)
             continue
-        cells = ["{:.3g} ±{:.0f}%".format(t[0], (t[2] - t[1]) / 2 / t[0] * 100) for t in r["ms"].values()]
-        rate, torch_ms = r["gbs"]["both"], of[case, "torch"].get("ms")
-        cells += ["-", "-"] if rate is None else [f"{rate:.1f}", f"{rate / report['copy_gbs']:.0%}"]
-        cells += [f"{torch_ms['both'][0] / r['ms']['both'][0]:.2f}" if torch_ms else "-"]
-        cells += [f"{r['peak_bytes'] / 2**20:.1f}", "-" if r["launches"] is None else str(r["launches"])]
-        out.add_row(first, name, *cells, style=style)
-    return out
+        share = now + (end - now) / (len(cases) - i)
+        report["results"] += run_case(case, host, shape, dtype, case.name in compiled, share)
+    console.print(plot.table(report))
+    for r in report["results"]:
+        if r["verdict"]:
+            console.print(f"{r['case']}, {r['name']}: {r['verdict']}", markup=False)
+    if report["left_out"]:
+        console.print(f"Out of time (--seconds {seconds:g}), not run: {', '.join(report['left_out'])}")
+    console.print(host.note, style="bold")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{plot.slug(report)}.json"
+    file.write_text(json.dumps(report, indent=1))
+    written = plot.draw(report, file.with_suffix(".png"))
+    console.print(f"wrote {file}" + (f" and {written}" if written else "; no plot: matplotlib is not installed"))
+    return any(r["verdict"] for r in report["results"] if r["name"] == OURS)
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def roofline(console: Console) -> None:
+    """The static report of the compiled kernels stands in for a GPU."""
+    if version("triton") is None or find_spec("fusedloss.roofline") is None:
+        console.print("No static roofline: it needs Triton.")
+        return
+    import_module("fusedloss.roofline").main(["--gpu", "h100"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,13 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(argv)
     host, console = (GPU() if args.device == "cuda" else CPU()), Console(width=None if sys.stdout.isatty() else 150)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     rows = args.rows or (128 if args.quick else host.shape[0])
     compiled = {c.name for c in CASES if args.compile == "on"
                 or (args.compile == "auto" and not args.quick and (args.device == "cuda" or c.name in COMPILED_ON_CPU))}
     failed = False
     for cols in args.cols or [1000 if args.quick else host.shape[1]]:
-        failed |= run(args, host, console, dtype, (rows, cols), compiled)
+        failed |= run(args, host, console, (rows, cols), compiled)
     if args.device == "cpu":
         roofline(console)
     return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

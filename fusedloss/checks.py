@@ -44,9 +44,7 @@ def _tensors(name: str, input: Any, target: Any, weight: Any = None) -> None:
 
 def expands(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether a tensor of `shape` can be expanded to the shape `to`."""
-    return len(shape) <= len(to) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
-    )
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _weight(name: str, weight: Tensor | None, input: Tensor) -> None:
@@ -67,8 +65,7 @@ def bce_with_logits(
         for name, value in (("weight", weight), ("pos_weight", pos_weight)):
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(
-                    f"binary_cross_entropy_with_logits(): argument '{name}' must be Tensor, "
-                    f"not {type(value).__name__}"
+                    f"binary_cross_entropy_with_logits(): argument '{name}' must be Tensor, not {type(value).__name__}"
                 )
         _weight("weight", weight, input)
         _weight("pos_weight", pos_weight, input)
@@ -125,22 +122,16 @@ def cross_entropy(
             raise _class_weight_error(weight, input)
         _labels(input, target, weight)
         if input.dim() == 1 and target.dim() == 1:
-            raise RuntimeError(
-                "label_smoothing and an input of shape [C] need a target of shape [], got [1]"
-            )
+            raise RuntimeError("label_smoothing and an input of shape [C] need a target of shape [], got [1]")
     else:
         _labels(input, target, weight)
 
 
 def _probabilities(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
     if not target.dtype.is_floating_point:
-        raise RuntimeError(
-            f"Expected floating point type for target with class probabilities, got {target.dtype}"
-        )
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     if ignore_index >= 0:
-        raise RuntimeError(
-            f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}"
-        )
+        raise RuntimeError(f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}")
     if input.dim() == 0:
         raise IndexError("Dimension specified as 1 but tensor has no dimensions")
     if weight is not None and (weight.dim() != 1 or weight.shape[0] != _classes(input)):
@@ -172,17 +163,16 @@ def _labels(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         _odd_shapes(input, target, dims, labels)
     elif input.shape[0] != target.shape[0]:
         raise _batch_error(input, target)
-    if target.dtype not in LABELS:
-        raise RuntimeError(f"expected target dtype to be int64 or uint8, but got {target.dtype}")
+    if target.dtype not in LABELS or (dims > 2 and target.dtype is torch.uint8):
+        accepted = "int64 or uint8" if dims <= 2 else f"int64 for an input of {dims} dimensions"
+        raise RuntimeError(f"expected target dtype to be {accepted}, but got {target.dtype}")
     if weight is not None:
         if weight.numel() != _classes(input) or (dims <= 2 and weight.dim() != 1):
             raise _class_weight_error(weight, input)
         if weight.dtype is not input.dtype and not (
             weight.dtype in SINGLE and input.dtype in SINGLE and autocast(input)
         ):
-            raise RuntimeError(
-                f"expected a weight of dtype {input.dtype}, the input's, but found {weight.dtype}"
-            )
+            raise RuntimeError(f"expected a weight of dtype {input.dtype}, the input's, but found {weight.dtype}")
 
 
 def _batch_error(input: Tensor, target: Tensor) -> ValueError:
@@ -197,9 +187,7 @@ def _odd_shapes(input: Tensor, target: Tensor, dims: int, labels: int) -> None:
         if labels > 1:
             raise RuntimeError(f"0D or 1D target tensor expected, but got shape {_list(target.shape)}")
         if labels == 1 and target.shape[0] != 1:
-            raise ValueError(
-                f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}"
-            )
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
         return
     if labels == 0 or input.shape[0] != target.shape[0]:
         raise _batch_error(input, target)
@@ -226,9 +214,7 @@ def class_dim(name: str, input: Tensor, dim: int) -> int:
         raise TypeError(f"{name}() takes floating point tensors, got {input.dtype}")
     dims = max(input.dim(), 1)
     if not -dims <= dim < dims:
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})"
-        )
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})")
     return dim % dims
 
 

@@ -19,20 +19,20 @@ from .dispatch import run
 from .reference import BATCHMEAN, NONE, SUM
 
 __all__ = [
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "cross_entropy",
-    "entropy",
-    "entropy_with_logits",
-    "kl_div",
-    "kl_div_with_logits",
-    "nll_loss",
-]
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "entropy",
+    "entropy_with_logits", "kl_div", "kl_div_with_logits", "nll_loss",
+]  # fmt: skip
 
 
 def _given(**extras: Any) -> dict[str, Any]:
     """The keywords that torch's function has not, where the caller used them: an override knows torch's."""
     return {name: value for name, value in extras.items() if value not in (None, False, 0.0)}
+
+
+def _number(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _Reduction.get_enum(reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -47,15 +47,48 @@ def binary_cross_entropy_with_logits(
     label_smoothing: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    r"""Binary cross entropy between logits and target probabilities, in nats.
+
+    .. math:: l = w [ (1 - t) \log(1 + e^x) + p\, t \log(1 + e^{-x}) ]
+
+    Computed in this form, which keeps its relative accuracy in both tails, where
+    ``torch.nn.functional.binary_cross_entropy_with_logits`` cancels; the gradient is
+    :math:`(1 - t) \sigma(x) - p\, t\, \sigma(-x)`.
+
+    Args:
+        input: logits :math:`x`.
+        target: probabilities :math:`t`, hard or soft.
+        weight: :math:`w`, which multiplies the loss of each element; broadcasts to the input.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"mean"`` (over all elements) or ``"sum"``.
+        pos_weight: :math:`p`, which multiplies the loss of positive targets; broadcasts to the input.
+        label_smoothing: targets become ``t (1 - label_smoothing) + label_smoothing / 2``.
+        dtype: of the result. Default: torch's, the target's dtype (float32 for half precision under
+            autocast).
+
+    Shape:
+        ``input`` and ``target`` have one shape of any number of dimensions.
+
+    Returns:
+        The loss: one value, or with ``reduction="none"`` one an element. Differentiable with respect to
+        ``input`` and ``target``.
+
+    Raises:
+        ValueError: for shapes that differ, an unknown reduction, ``label_smoothing`` outside [0, 1].
+        RuntimeError: for a weight that does not broadcast or requires a gradient, an integer target,
+            tensors on two devices.
+
+    Example::
+
+        loss = fusedloss.binary_cross_entropy_with_logits(model(x), labels, pos_weight=imbalance)
+    """
     if has_torch_function_variadic(input, target, weight, pos_weight):
         return handle_torch_function(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target,
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
             pos_weight=pos_weight, **_given(label_smoothing=label_smoothing, dtype=dtype),
         )  # fmt: skip
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    number = _Reduction.get_enum(reduction)
+    number = _number(reduction, size_average, reduce)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
     result = target.dtype
     if dtype is not None or result is not torch.float32:
@@ -80,15 +113,45 @@ def binary_cross_entropy(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    r"""Binary cross entropy between probabilities, in nats.
+
+    .. math:: l = -w [ t \log x + (1 - t) \log(1 - x) ]
+
+    Each logarithm is at least -100, as in ``torch.nn.functional.binary_cross_entropy``. From logits,
+    :func:`binary_cross_entropy_with_logits` is the accurate form.
+
+    Args:
+        input: probabilities :math:`x` in [0, 1].
+        target: probabilities :math:`t` in [0, 1], of the input's dtype.
+        weight: :math:`w`, which multiplies the loss of each element; broadcasts to the input.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"mean"`` (over all elements) or ``"sum"``.
+        dtype: of the result. Default: torch's, the input's dtype (float32 for half precision under
+            autocast on a CPU).
+
+    Shape:
+        ``input`` and ``target`` have one shape of any number of dimensions.
+
+    Returns:
+        The loss: one value, or with ``reduction="none"`` one an element. Differentiable with respect to
+        ``input`` and ``target``.
+
+    Raises:
+        ValueError: for shapes that differ, an unknown reduction.
+        RuntimeError: for dtypes that differ, a weight that does not broadcast or requires a gradient,
+            autocast on a GPU; on the reference path for values outside [0, 1].
+
+    Example::
+
+        loss = fusedloss.binary_cross_entropy(probabilities, labels)
+    """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             binary_cross_entropy, (input, target, weight), input, target,
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
             **_given(dtype=dtype),
         )  # fmt: skip
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    number = _Reduction.get_enum(reduction)
+    number = _number(reduction, size_average, reduce)
     checks.bce(input, target, weight)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -100,36 +163,18 @@ def binary_cross_entropy(
 
 @overload
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = ...,
-    size_average: bool | None = ...,
-    ignore_index: int = ...,
-    reduce: bool | None = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    *,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    return_z_loss: Literal[False] = ...,
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[False] = ...,
     dtype: torch.dtype | None = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = ...,
-    size_average: bool | None = ...,
-    ignore_index: int = ...,
-    reduce: bool | None = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    *,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    return_z_loss: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[True],
     dtype: torch.dtype | None = ...,
-) -> Any: ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -144,17 +189,60 @@ def cross_entropy(
     softcap: float | None = None,
     return_z_loss: bool = False,
     dtype: torch.dtype | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross entropy between logits and class indices or class probabilities, in nats.
+
+    .. math::
+        l = w_y (\mathrm{lse}(x) - x_y) \quad\text{or}\quad
+        l = \sum_c w_c t_c (\mathrm{lse}(x) - x_c), \qquad \mathrm{lse}(x) = \log \sum_c e^{x_c}
+
+    The definition of ``torch.nn.functional.cross_entropy``, with two terms that large language models
+    train with: ``z_loss`` (ST-MoE, arXiv:2202.08906) and ``softcap`` (Gemma 2, arXiv:2408.00118).
+
+    Args:
+        input: logits :math:`x`, the class dimension being 1 (0 where there is one dimension).
+        target: class indices (int64; uint8 for inputs of one or two dimensions), or probabilities
+            :math:`t` of the input's shape.
+        weight: :math:`w`, one value a class.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this index have no loss and no gradient, and do not count in a mean.
+        reduction: ``"none"``, ``"mean"`` (weighted by :math:`w_y`, of rows that are not ignored) or
+            ``"sum"``.
+        label_smoothing: the share of each target that is spread evenly over the classes.
+        z_loss: the factor of :math:`\mathrm{lse}(x)^2`, which is added to the loss of every row that is
+            not ignored; a mean divides it by their plain number.
+        softcap: logits become ``softcap * tanh(x / softcap)`` first; None leaves them.
+        return_z_loss: return ``(loss, z term)``; the loss contains the term, the term has no gradient.
+        dtype: of the result. Default: torch's, the input's dtype, promoted with that of probability
+            targets and their weight (float32 for half precision under autocast).
+
+    Shape:
+        ``input`` (C), (N, C) or (N, C, d1, ...); ``target`` (), (N) or (N, d1, ...), or the input's shape.
+
+    Returns:
+        The loss: one value, or with ``reduction="none"`` one a row, in the shape of the indices.
+        Differentiable with respect to ``input`` and, with probability targets, ``target`` and ``weight``.
+
+    Raises:
+        ValueError: for a batch size that differs, an unknown reduction, ``z_loss < 0``, ``softcap <= 0``.
+        RuntimeError: for other shapes, a weight of another length or dtype, integer targets of another
+            dtype, ``label_smoothing > 1``, tensors on two devices.
+        IndexError: on the reference path, for an index outside [0, C). On the Triton path the row's loss
+            and gradient are NaN.
+
+    Example::
+
+        loss = fusedloss.cross_entropy(logits, labels, ignore_index=-100, dtype=torch.float32)
+        loss, z = fusedloss.cross_entropy(logits, labels, z_loss=1e-4, return_z_loss=True)
+    """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
-            cross_entropy, (input, target, weight), input, target,
+            cross_entropy, (input, target, weight), input, target,  # type: ignore[arg-type]
             weight=weight, size_average=size_average, ignore_index=ignore_index, reduce=reduce,
             reduction=reduction, label_smoothing=label_smoothing,
             **_given(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, dtype=dtype),
         )  # fmt: skip
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    number = _Reduction.get_enum(reduction)
+    number = _number(reduction, size_average, reduce)
     checks.cross_entropy(input, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     result = input.dtype
     if target.is_floating_point():
@@ -171,7 +259,7 @@ def cross_entropy(
     )  # fmt: skip
     if not return_z_loss:
         return loss
-    return loss, torch.zeros_like(loss, requires_grad=False) if z is None else z
+    return loss, torch.zeros_like(loss) if z is None else z
 
 
 def nll_loss(
@@ -185,15 +273,48 @@ def nll_loss(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """Negative log-likelihood of class indices under log-probabilities, in nats.
+
+    .. math:: l = -w_y x_y
+
+    The definition of ``torch.nn.functional.nll_loss``.
+
+    Args:
+        input: log-probabilities :math:`x`, the class dimension being 1 (0 where there is one dimension).
+        target: class indices (int64; uint8 for inputs of one or two dimensions).
+        weight: :math:`w`, one value a class.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this index have no loss and no gradient, and do not count in a mean.
+        reduction: ``"none"``, ``"mean"`` (weighted by :math:`w_y`, of rows that are not ignored) or
+            ``"sum"``.
+        dtype: of the result. Default: torch's, the input's dtype (float32 for half precision under
+            autocast).
+
+    Shape:
+        ``input`` (C), (N, C) or (N, C, d1, ...); ``target`` (), (N) or (N, d1, ...).
+
+    Returns:
+        The loss: one value, or with ``reduction="none"`` one a row. Differentiable with respect to
+        ``input``.
+
+    Raises:
+        ValueError: for a batch size that differs, an unknown reduction.
+        RuntimeError: for other shapes, a weight of another length or dtype or one that requires a
+            gradient, targets of another dtype, tensors on two devices.
+        IndexError: on the reference path, for an index outside [0, C). On the Triton path the row's loss
+            and gradient are NaN.
+
+    Example::
+
+        loss = fusedloss.nll_loss(logits.log_softmax(-1), labels)
+    """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             nll_loss, (input, target, weight), input, target,
             weight=weight, size_average=size_average, ignore_index=ignore_index, reduce=reduce,
             reduction=reduction, **_given(dtype=dtype),
         )  # fmt: skip
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    number = _Reduction.get_enum(reduction)
+    number = _number(reduction, size_average, reduce)
     checks.nll_loss(input, target, weight, ignore_index)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -213,6 +334,38 @@ def kl_div(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    r"""Kullback-Leibler divergence KL(target || input) from log-probabilities, in nats.
+
+    .. math:: l = t (\log t - x) \quad\text{or with log\_target}\quad l = e^t (t - x)
+
+    The definition of ``torch.nn.functional.kl_div``; where :math:`t = 0` the loss is :math:`-t x`. From
+    two sets of logits, :func:`kl_div_with_logits` needs no intermediate tensors.
+
+    Args:
+        input: log-probabilities :math:`x`.
+        target: probabilities :math:`t`, or log-probabilities with ``log_target``.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"batchmean"`` (the sum divided by ``input.shape[0]``: the divergence),
+            ``"sum"`` or ``"mean"`` (over all elements; warns, as in torch).
+        log_target: whether the target is given as logarithms.
+        dtype: of the result. Default: torch's, the promoted dtype of both (float32 for half precision
+            under autocast).
+
+    Shape:
+        ``input`` and ``target`` broadcast to one shape.
+
+    Returns:
+        The loss: one value, or with ``reduction="none"`` one an element. Differentiable with respect to
+        ``input`` and ``target``.
+
+    Raises:
+        ValueError: for an unknown reduction.
+        RuntimeError: for shapes that do not broadcast, integer or complex tensors, tensors on two devices.
+
+    Example::
+
+        loss = fusedloss.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
             kl_div, (input, target), input, target,
@@ -221,7 +374,7 @@ def kl_div(
         )  # fmt: skip
     batchmean = reduction == "batchmean"
     if size_average is not None or reduce is not None:
-        number = _Reduction.get_enum(_Reduction.legacy_get_string(size_average, reduce))
+        number = _number(reduction, size_average, reduce)
     elif batchmean:
         number = SUM
     else:
@@ -258,6 +411,41 @@ def kl_div_with_logits(
     reduction: str = "batchmean",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    r"""Kullback-Leibler divergence between the softmax of two sets of logits, in nats: for distillation.
+
+    .. math::
+        l = T^2 \sum_c p_c (\log p_c - \log q_c), \quad
+        p = \mathrm{softmax}(\mathrm{target} / T),\; q = \mathrm{softmax}(\mathrm{input} / T)
+
+    The factor :math:`T^2` keeps the gradient's size independent of the temperature (Hinton et al.,
+    arXiv:1503.02531). A class with :math:`p_c = 0` adds nothing, even where :math:`q_c = 0` too.
+
+    Args:
+        input: the student's logits.
+        target: the teacher's logits; detach them, or run the teacher under no_grad, if it is not trained.
+        dim: the class dimension.
+        temperature: :math:`T`.
+        reverse: compute KL(input || target) instead of KL(target || input).
+        reduction: ``"batchmean"`` (the sum divided by ``input.shape[0]``), ``"sum"``, ``"mean"`` (over all
+            elements) or ``"none"`` (one value an element, computed by the reference).
+        dtype: of the result. Default: the promoted dtype of both (float32 for half precision under
+            autocast).
+
+    Shape:
+        ``input`` and ``target`` have one shape.
+
+    Returns:
+        The loss. Differentiable with respect to ``input`` and ``target``.
+
+    Raises:
+        TypeError: for tensors that are not of a floating point dtype.
+        ValueError: for shapes that differ, an unknown reduction, a temperature that is not positive.
+        IndexError: for a dimension out of range.
+
+    Example::
+
+        loss = fusedloss.kl_div_with_logits(student(x), teacher(x).detach(), temperature=2.0)
+    """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
             kl_div_with_logits, (input, target), input, target,
@@ -272,28 +460,75 @@ def kl_div_with_logits(
     return run("KLDivWithLogits", reference.kl_div_with_logits, *arguments)
 
 
-def entropy(
-    input: Tensor, *, dim: int = -1, reduction: str = "none", dtype: torch.dtype | None = None
+def _entropy(
+    public: Any, name: str, compute: Any, input: Tensor, dim: int, reduction: str, dtype: torch.dtype | None
 ) -> Tensor:
     if has_torch_function_variadic(input):
-        return handle_torch_function(
-            entropy, (input,), input, dim=dim, reduction=reduction, **_given(dtype=dtype)
-        )
+        return handle_torch_function(public, (input,), input, dim=dim, reduction=reduction, **_given(dtype=dtype))
     number = _Reduction.get_enum(reduction)
-    dim = checks.class_dim("entropy", input, dim)
-    return run(
-        "Entropy", reference.entropy, input, dim, number, checks.result_dtype(dtype, input.dtype, input)
-    )
+    dim = checks.class_dim(public.__name__, input, dim)
+    return run(name, compute, input, dim, number, checks.result_dtype(dtype, input.dtype, input))
+
+
+def entropy(input: Tensor, *, dim: int = -1, reduction: str = "none", dtype: torch.dtype | None = None) -> Tensor:
+    r"""Entropy of probabilities, in nats.
+
+    .. math:: H(p) = -\sum_c p_c \log p_c
+
+    With :math:`0 \log 0 = 0`, and the gradient of ``torch.special.entr``.
+
+    Args:
+        input: probabilities :math:`p`.
+        dim: the class dimension.
+        reduction: ``"none"`` (one value a row), ``"mean"`` or ``"sum"`` over the rows.
+        dtype: of the result. Default: the input's (float32 for half precision under autocast).
+
+    Shape:
+        ``input`` of any shape; the result lacks ``dim``.
+
+    Returns:
+        The entropy. Differentiable with respect to ``input``.
+
+    Raises:
+        TypeError: for a tensor that is not of a floating point dtype.
+        ValueError: for an unknown reduction.
+        IndexError: for a dimension out of range.
+
+    Example::
+
+        bonus = fusedloss.entropy(policy, reduction="mean")
+    """
+    return _entropy(entropy, "Entropy", reference.entropy, input, dim, reduction, dtype)
 
 
 def entropy_with_logits(
     input: Tensor, *, dim: int = -1, reduction: str = "none", dtype: torch.dtype | None = None
 ) -> Tensor:
-    if has_torch_function_variadic(input):
-        return handle_torch_function(
-            entropy_with_logits, (input,), input, dim=dim, reduction=reduction, **_given(dtype=dtype)
-        )
-    number = _Reduction.get_enum(reduction)
-    dim = checks.class_dim("entropy_with_logits", input, dim)
-    result = checks.result_dtype(dtype, input.dtype, input)
-    return run("EntropyWithLogits", reference.entropy_with_logits, input, dim, number, result)
+    r"""Entropy of the softmax of logits, in nats.
+
+    .. math:: H(x) = \mathrm{lse}(x) - \sum_c \mathrm{softmax}(x)_c\, x_c
+
+    Args:
+        input: logits :math:`x`; a class of -inf has probability 0 and adds nothing.
+        dim: the class dimension.
+        reduction: ``"none"`` (one value a row), ``"mean"`` or ``"sum"`` over the rows.
+        dtype: of the result. Default: the input's (float32 for half precision under autocast).
+
+    Shape:
+        ``input`` of any shape; the result lacks ``dim``.
+
+    Returns:
+        The entropy. Differentiable with respect to ``input``.
+
+    Raises:
+        TypeError: for a tensor that is not of a floating point dtype.
+        ValueError: for an unknown reduction.
+        IndexError: for a dimension out of range.
+
+    Example::
+
+        bonus = fusedloss.entropy_with_logits(logits, reduction="mean")
+    """
+    return _entropy(
+        entropy_with_logits, "EntropyWithLogits", reference.entropy_with_logits, input, dim, reduction, dtype
+    )

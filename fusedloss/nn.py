@@ -5,8 +5,6 @@ that torch lacks come after torch's arguments. Their defaults are class attribut
 pickled by torch, or before a keyword existed, works.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -73,9 +71,7 @@ class BCELoss(nn.BCELoss):
         self.dtype = dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.binary_cross_entropy(
-            input, target, self.weight, None, None, self.reduction, dtype=self.dtype
-        )
+        return F.binary_cross_entropy(input, target, self.weight, None, None, self.reduction, dtype=self.dtype)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -111,8 +107,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.return_z_loss, self.dtype = z_loss, softcap, return_z_loss, dtype
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
-        return F.cross_entropy(
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.cross_entropy(  # type: ignore[call-overload]
             input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing,
             z_loss=self.z_loss, softcap=self.softcap, return_z_loss=self.return_z_loss, dtype=self.dtype,
         )  # fmt: skip
@@ -137,9 +133,7 @@ class NLLLoss(nn.NLLLoss):
         self.dtype = dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return F.nll_loss(
-            input, target, self.weight, None, self.ignore_index, None, self.reduction, dtype=self.dtype
-        )
+        return F.nll_loss(input, target, self.weight, None, self.ignore_index, None, self.reduction, dtype=self.dtype)
 
 
 class KLDivLoss(nn.KLDivLoss):

@@ -5,6 +5,8 @@ than the input's, the inputs are converted first and nothing is rounded between.
 is torch's own function, which then also refuses what torch refuses.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -15,11 +17,11 @@ _SINGLE_DOUBLE = frozenset((torch.float32, torch.float64))
 _FLOATS = HALF | _SINGLE_DOUBLE
 
 # taken now, so that a later change of torch's public names does not lead back here
-_torch_bce = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
-_torch_bce_with_logits = torch.binary_cross_entropy_with_logits
-_torch_cross_entropy = torch._C._nn.cross_entropy_loss  # type: ignore[attr-defined]
-_torch_kl_div = torch.kl_div
-_torch_nll_loss = torch._C._nn.nll_loss_nd  # type: ignore[attr-defined]
+_torch_bce: Any = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
+_torch_bce_with_logits: Any = torch.binary_cross_entropy_with_logits
+_torch_cross_entropy: Any = torch._C._nn.cross_entropy_loss  # type: ignore[attr-defined]
+_torch_kl_div: Any = torch.kl_div
+_torch_nll_loss: Any = torch._C._nn.nll_loss_nd  # type: ignore[attr-defined]
 
 
 def _widen(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -82,9 +84,7 @@ def bce_with_logits(
 def _weight_is_odd(weight: Tensor | None) -> bool:
     """Whether torch refuses this weight of a binary cross entropy, or may."""
     return weight is not None and (
-        weight.dtype is torch.bool
-        or weight.dtype.is_complex
-        or (weight.requires_grad and torch.is_grad_enabled())
+        weight.dtype is torch.bool or weight.dtype.is_complex or (weight.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -92,9 +92,7 @@ def bce(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, dtype:
     """-(t log x + (1 - t) log(1 - x)), each logarithm not below -100."""
     if x.dtype is not dtype and x.is_floating_point():
         wide = torch.promote_types(x.dtype, dtype)
-        x = x.to(wide)
-        if target.dtype in HALF:
-            target = target.to(wide)
+        x, target = x.to(wide), target.to(wide)
     return _cast(_torch_bce(x, target, weight, reduction), dtype)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .elementwise import NUM_WARPS, load, store, tile_at, walk
 from .launch import kernel, launch
-from .numerics_log import log, log1m_half, log_any
+from .numerics import log, log1m_half, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 

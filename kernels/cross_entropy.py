@@ -16,37 +16,52 @@ import triton.language as tl
 
 from .launch import kernel, launch
 from .layout import vector
-from .numerics import LN2, LOWEST, log1p, scale2, sigmoid, softplus, tanh
+from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, sigmoid, softplus, tanh
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, lse_join, lse_meet,
-    lse_start, lse_update, masked_col, restore, row_walk, rows_at, rows_mask, schedule, store_block,
+    EDGE, FILL, at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, lse_join, lse_meet,
+    lse_start, lse_update, masked_col, restore, row_walk, rows_at, schedule, store_block,
     stride_scalars, total,
 )  # fmt: skip
 
 
 @triton.jit
-def load_x(source, col, lane, mask, CAP: tl.constexpr, HINT: tl.constexpr):
-    """A block of logits in float32, capped; mask None reads all of it."""
+def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
+    """A block of logits in float32, capped; beyond the bounds (None: all is within) -inf."""
     x_ptr, x_at, class_stride, softcap = source
-    x = load_block(block_at(x_ptr, x_at, col, lane, class_stride, HINT), mask)
+    x = load_run(x_ptr, x_at, col, lane, class_stride, bounds, HINT, -float("inf"))
     if CAP:
         x = softcap * tanh(x / softcap)
     return x
 
 
 @triton.jit
-def load_q(source, col, lane, mask, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
+def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
     """A block of w (keep t + shift); for labels, of w shift."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
     q = tl.full(lane.shape, 0.0, tl.float32) + shift
     if PROBS:
-        t = load_block(block_at(target_ptr, t_at, col, lane, class_stride, HINT), mask)
+        t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        q *= load_block(weight_ptr + (col + lane), mask)
+        q *= load_run(weight_ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
     return q
+
+
+@triton.jit
+def load_others(x_from, q_from, col, lane, bounds, is_label, DENSE: tl.constexpr, PROBS: tl.constexpr,
+                WEIGHT: tl.constexpr, CAP: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """x and q of a block without what lies beyond the bounds and without the label."""
+    x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
+    if DENSE or CAP:
+        is_label |= block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT) == 0
+    if DENSE:
+        x = tl.where(is_label, LOWEST, x)
+        q = tl.where(is_label, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT))
+    else:
+        x = tl.where(is_label, -float("inf"), x)
+    return x, q
 
 
 @triton.jit
@@ -76,9 +91,9 @@ def meet_label(x_y, m, s):
     """From a label's logit and the others' (m, s): its scaled and shifted logit u_y, z = lse of the
     others - x_y (NaN for a logit of +inf), and the row's lse: less m, and as it is."""
     u_y = scale2(x_y, m)
-    others = tl.log(s)
+    others = log_sum(s)
     z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
-    lse = tl.maximum(others, u_y * LN2) + log1p(tl.exp(-tl.abs(z)))
+    lse = tl.maximum(others, u_y * LN2) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
     return u_y, z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
 
 
@@ -112,24 +127,20 @@ def cross_entropy_forward_kernel(
         m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
     for i in range(plan[5]):
         col = masked_col(i, plan, BLOCK)
-        mask = block_mask(kept, col, lane, plan, HINT)
-        own = mask & (col + lane != column(label))
-        x = tl.where(own, load_x(x_from, col, lane, mask, CAP, HINT), LOWEST)
-        q = tl.where(own, load_q(q_from, col, lane, mask, PROBS, WEIGHT, HINT), 0.0) if DENSE else 0.0
+        x, q = load_others(x_from, q_from, col, lane, (kept, plan[0], plan[1]),
+                           at_label(col, label, U, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
         m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
     m, s, a, b = lse_join(m, s, a, b)
-    if ROWS == 1 and HINT > 1:
+    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)
-        mask = rows_mask(kept, edge, n_cols)
-        own = mask & (edge != column(label))
-        x = tl.where(own, load_x(x_from, 0, edge, mask, CAP, 1), LOWEST)
-        q = tl.where(own, load_q(q_from, 0, edge, mask, PROBS, WEIGHT, 1), 0.0) if DENSE else 0.0
+        bounds, is_label = (kept, 0, n_cols), edge == label
+        x, q = load_others(x_from, q_from, 0, edge, bounds, is_label, DENSE, PROBS, WEIGHT, CAP, 1)
         m2, s2, a2, b2 = lse_start(1, EDGE)
         m2, s2, a2, b2 = lse_update(x, q, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
         m2, s2, a2, b2 = lse_join(m2, s2, a2, b2)
         m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
     if PROBS:
-        lse = tl.log(s)
+        lse = log_sum(s)
         full_lse = tl.fma(m, LN2, lse)
         loss = tl.fma(b, lse, a * -LN2)
     else:
@@ -161,29 +172,32 @@ def cross_entropy_forward_kernel(
 
 
 @triton.jit
-def put_gradients(to, x_from, q_from, col, lane, mask, label, row_values,
+def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_values,
                   PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
-                  TARGET_GRAD: tl.constexpr, MASKED: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """dx = P 2^u - g q, and dy at the label, for one block; dtarget = g keep w (lse - x)."""
+                  TARGET_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """dx = P 2^u - g q, and dy at the label, for one block; dtarget = g keep w (lse - x). Bounds None: a
+    whole block without the label. Rows that are not kept read nothing, and -inf gives 0."""
     dx_ptr, dx_at, dx_stride, dt_ptr, dt_at, dt_stride = to
-    m, p, g, dy, lse, kept = row_values
-    x = load_x(x_from, col, lane, mask, CAP, HINT)
+    m, p, g, dy, lse = row_values
+    x = load_x(x_from, col, lane, bounds, CAP, HINT)
     u = scale2(x, m)
     dx = p * tl.exp2(u)
     if PROBS or SMOOTH:
-        dx = tl.fma(-g, load_q(q_from, col, lane, mask, PROBS, WEIGHT, HINT), dx)
-    if MASKED:
-        dx = tl.where(col + lane == label, dy, dx)
+        dx = tl.fma(-g, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT), dx)
+    mask = None
+    if bounds is not None:
+        dx = tl.where(is_label, dy, dx)
+        mask = block_mask(live, col, lane, (bounds[1], bounds[2]), HINT)
     if CAP:
         share = x / x_from[3]
         dx *= tl.fma(-share, share, 1.0)
-    if MASKED:
-        dx = tl.where(kept, dx, 0.0)
+        if bounds is not None:
+            dx = tl.where(column(bounds[0]), dx, 0.0)
     store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
     if TARGET_GRAD:
         dt = g * q_from[4] * tl.fma(u, -LN2, lse)
         if WEIGHT:
-            dt *= load_block(q_from[3] + (col + lane), mask)
+            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
         store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
 
 
@@ -215,11 +229,12 @@ def cross_entropy_backward_kernel(
         g_at = dloss_ptr + outer * dloss_outer + d * dloss_inner
         g = tl.load(g_at, mask=live, other=0.0).to(tl.float32)
         g_z = g
+    g, g_z = tl.where(kept, g, 0.0), tl.where(kept, g_z, 0.0)
     dense = tl.full(d.shape, 0.0, tl.float32)
     if PROBS or SMOOTH:
         dense = g * tl.load(b_ptr + row, mask=kept, other=0.0)
     if PROBS:
-        lse = tl.log(s)
+        lse = log_sum(s)
         if Z:
             dense = tl.fma(2.0 * z_factor * g_z, tl.fma(m, LN2, lse), dense)
         p, dy = dense / s, dense
@@ -229,34 +244,33 @@ def cross_entropy_backward_kernel(
         dense = tl.fma(g * w_y, shift, dense) if SMOOTH else dense
         if Z:
             dense = tl.fma(2.0 * z_factor * g_z, full_lse, dense)
-        at_label = g * w_y * keep
-        p = (at_label + dense) / (s + tl.exp2(u_y))
-        dy = tl.fma(dense, sigmoid(-z), -at_label * sigmoid(z))
+        hard = g * w_y * keep
+        p = (hard + dense) / (s + tl.exp2(u_y))
+        dy = tl.fma(dense, sigmoid(-z), -hard * sigmoid(z))
         if SMOOTH:
             dy = tl.fma(-g * w_y, shift, dy)
     to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
           dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
-    values = (column(m), column(p), column(g), column(dy), column(lse), column(kept))
+    values = (column(m), column(p), column(g), column(dy), column(lse))
     plan = schedule(x_at, n_cols, label, kept, ROWS, BLOCK, HINT)
     lane = block_lanes(U, T, V)
-    labels = column(label)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
         for i in range(begin, tl.minimum(begin + share, plan[4])):
             col = clean_col(i, plan, BLOCK)
-            put_gradients(to, x_from, q_from, col, lane, None, labels, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, False, HINT)  # fmt: skip
+            put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
-            mask = block_mask(live, col, lane, plan, HINT)
-            put_gradients(to, x_from, q_from, col, lane, mask, labels, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1:
+            put_gradients(to, x_from, q_from, col, lane, (kept, plan[0], plan[1]), live,
+                          at_label(col, label, U, T, V), values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
-            put_gradients(to, x_from, q_from, 0, edge, rows_mask(live, edge, n_cols), labels, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, True, 1)  # fmt: skip
+            put_gradients(to, x_from, q_from, 0, edge, (kept, 0, n_cols), live, edge == label, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, 1)  # fmt: skip
 
 
 def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:

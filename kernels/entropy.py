@@ -15,7 +15,7 @@ import triton.language as tl
 from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, load, store
 from .launch import kernel, launch
 from .layout import Rows, plane, rows
-from .numerics_log import log, log_any
+from .numerics import log, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 

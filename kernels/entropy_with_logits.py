@@ -12,23 +12,20 @@ import triton.language as tl
 
 from .launch import kernel, launch
 from .layout import vector
-from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, scale2, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2, spread
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, masked_col,
-    restore, row_walk, rows_at, rows_mask, schedule, store_block, stride_scalars, total,
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
+    restore, row_walk, rows_at, schedule, store_block, stride_scalars, total,
 )  # fmt: skip
 
 
 @triton.jit
-def load_x(source, col, lane, mask, HINT: tl.constexpr):
-    """A block of logits in float32, -inf outside the mask."""
+def load_x(source, col, lane, bounds, HINT: tl.constexpr):
+    """A block of logits in float32, -inf beyond the bounds (None: all is within)."""
     x_ptr, x_at, class_stride = source
-    x = load_block(block_at(x_ptr, x_at, col, lane, class_stride, HINT), mask)
-    if mask is not None:
-        x = tl.where(mask, x, float("-inf"))
-    return x
+    return load_run(x_ptr, x_at, col, lane, class_stride, bounds, HINT, -float("inf"))
 
 
 @triton.jit
@@ -97,12 +94,12 @@ def entropy_with_logits_forward_kernel(
         state = entropy_update(x, state, U, T, V)
     for i in range(plan[5]):
         col = masked_col(i, plan, BLOCK)
-        x = load_x(x_from, col, lane, block_mask(live, col, lane, plan, HINT), HINT)
+        x = load_x(x_from, col, lane, (live, plan[0], plan[1]), HINT)
         state = entropy_update(x, state, U, T, V)
     m, s, a = entropy_join(state)
     if ROWS == 1 and HINT > 1:
         edge = edge_cols(plan)
-        x = load_x(x_from, 0, edge, rows_mask(live, edge, n_cols), 1)
+        x = load_x(x_from, 0, edge, (live, 0, n_cols), 1)
         edges = entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1))
         top = tl.maximum(m, edges[0])
         s, a = entropy_move((m, s, a), top)
@@ -113,7 +110,8 @@ def entropy_with_logits_forward_kernel(
     tl.store(stats_ptr + row, m, mask=live)
     tl.store(stats_ptr + n_rows + row, s, mask=live)
     tl.store(stats_ptr + 2 * n_rows + row, mean, mask=live)
-    loss = tl.where(live, tl.fma(mean, -LN2, tl.log(s)), 0.0)
+    loss = tl.fma(mean, -LN2, log_sum(s))
+    loss = tl.where(live & ~(loss < 0), loss, 0.0)
     if REDUCE:
         tl.store(loss_ptr + tl.program_id(0), total(loss))
     else:
@@ -121,12 +119,13 @@ def entropy_with_logits_forward_kernel(
 
 
 @triton.jit
-def put_gradient(to, x_from, col, lane, mask, values, HINT: tl.constexpr):
+def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
     """dx = k 2^u (u - mean) for one block."""
     dx_ptr, dx_at, dx_stride = to
     m, mean, k = values
-    u = scale2(load_x(x_from, col, lane, mask, HINT), m)
+    u = scale2(load_x(x_from, col, lane, bounds, HINT), m)
     dx = k * tl.exp2(u) * (tl.maximum(u, LOWEST) - mean)
+    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
     store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
 
 
@@ -165,11 +164,19 @@ def entropy_with_logits_backward_kernel(
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
-            mask = block_mask(live, col, lane, plan, HINT)
-            put_gradient(to, x_from, col, lane, mask, values, HINT)
+            put_gradient(to, x_from, col, lane, (live, plan[0], plan[1]), values, HINT)
         if ROWS == 1 and HINT > 1:
             edge = edge_cols(plan)
-            put_gradient(to, x_from, 0, edge, rows_mask(live, edge, n_cols), values, 1)
+            put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
+
+
+def narrow_row_walk(dim: int, *tensors: torch.Tensor | None):
+    """row_walk with a quarter of the rows in a tile of several: these sums take more registers."""
+    walk, shape, programs, placed = row_walk(dim, *tensors)
+    if shape.ROWS > 2:
+        shape = shape._replace(ROWS=shape.ROWS // 4)
+        programs = walk.outer * triton.cdiv(walk.inner, shape.ROWS)
+    return walk, shape, programs, placed
 
 
 def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
@@ -178,7 +185,7 @@ def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
 
 def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
     loss, stats = outputs
-    walk, shape, programs, placed = row_walk(dim, x)
+    walk, shape, programs, placed = narrow_row_walk(dim, x)
     reduce = reduction != NONE
     parts = x.new_empty(programs, dtype=torch.float32) if reduce else loss
     launch(
@@ -195,7 +202,7 @@ def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
 
 
 def entropy_with_logits_backward(dx, dloss, x, stats, dim, reduction):
-    walk, shape, programs, placed = row_walk(dim, x, dx)
+    walk, shape, programs, placed = narrow_row_walk(dim, x, dx)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
     launch(

@@ -13,7 +13,7 @@ import triton.language as tl
 from .elementwise import NUM_WARPS, load, store, tile_at, walk
 from .launch import kernel, launch
 from .numerics import LOG2E
-from .numerics_log import log, log_positive
+from .numerics import log, log_positive
 from .operators import BATCHMEAN, MEAN, NONE
 from .reduce import reduce_sum
 

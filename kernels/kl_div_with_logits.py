@@ -5,7 +5,8 @@ With u = y log2(e) / T - m for logits y, m the row's scaled maximum, s = sum 2^u
 KL = (a / s1) ln 2 + ln(s2 / s1), so that a common offset cancels. Its gradients in the logits, times T:
 d1 = p1 ln 2 ((u1 - u2) - a / s1), d2 = p2 - p1. Saved a row: m1, s1, m2, s2, a / s1.
 
-Where p1 is 0 the term is 0, whatever the second's logit is (torch's kl_div is nan where p2 is 0 as well).
+Where p1 is 0 in float32 the term is 0, whatever the second's logit is (torch's kl_div is nan where p2
+is 0 as well).
 """
 
 from __future__ import annotations
@@ -14,27 +15,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .entropy_with_logits import row_max, row_sum
+from .entropy_with_logits import narrow_row_walk, row_max, row_sum
 from .launch import kernel, launch
-from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_block, masked_col,
-    restore, row_walk, rows_at, rows_mask, schedule, store_block, stride_scalars, total,
+    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
+    restore, rows_at, schedule, store_block, stride_scalars, total,
 )  # fmt: skip
 
 
 @triton.jit
-def load_pair(pair_from, col, lane, mask, HINT: tl.constexpr):
-    """A block of both logits in float32, -inf outside the mask."""
+def load_pair(pair_from, col, lane, bounds, HINT: tl.constexpr):
+    """A block of both logits in float32, -inf beyond the bounds (None: all is within)."""
     first_ptr, first_at, first_stride, second_ptr, second_at, second_stride = pair_from
-    first = load_block(block_at(first_ptr, first_at, col, lane, first_stride, HINT), mask)
-    second = load_block(block_at(second_ptr, second_at, col, lane, second_stride, HINT), mask)
-    if mask is not None:
-        first = tl.where(mask, first, float("-inf"))
-        second = tl.where(mask, second, float("-inf"))
-    return first, second
+    first = load_run(first_ptr, first_at, col, lane, first_stride, bounds, HINT, -float("inf"))
+    return first, load_run(second_ptr, second_at, col, lane, second_stride, bounds, HINT, -float("inf"))
 
 
 @triton.jit
@@ -106,12 +103,12 @@ def kl_div_with_logits_forward_kernel(
         state = kl_update(pair, factor, state, U, T, V)
     for i in range(plan[5]):
         col = masked_col(i, plan, BLOCK)
-        pair = load_pair(pair_from, col, lane, block_mask(live, col, lane, plan, HINT), HINT)
+        pair = load_pair(pair_from, col, lane, (live, plan[0], plan[1]), HINT)
         state = kl_update(pair, factor, state, U, T, V)
     state = kl_join(state)
     if ROWS == 1 and HINT > 1:
         edge = edge_cols(plan)
-        pair = load_pair(pair_from, 0, edge, rows_mask(live, edge, n_cols), 1)
+        pair = load_pair(pair_from, 0, edge, (live, 0, n_cols), 1)
         state = kl_meet(state, kl_join(kl_update(pair, factor, kl_start(1, EDGE), 1, EDGE, 1)))
     m1, s1, m2, s2, a = state
     mean = a / s1
@@ -121,24 +118,25 @@ def kl_div_with_logits_forward_kernel(
     tl.store(at + 2 * n_rows, m2, mask=live)
     tl.store(at + 3 * n_rows, s2, mask=live)
     tl.store(at + 4 * n_rows, mean, mask=live)
-    loss = tl.where(live, tl.fma(mean, LN2, tl.log(s2 / s1)), 0.0)
-    tl.store(loss_ptr + tl.program_id(0), total(loss))
+    loss = tl.fma(mean, LN2, log_sum(s2 / s1))
+    tl.store(loss_ptr + tl.program_id(0), total(tl.where(live & ~(loss < 0), loss, 0.0)))
 
 
 @triton.jit
-def put_gradients(to, pair_from, factor, col, lane, mask, values, FIRST_GRAD: tl.constexpr,
+def put_gradients(to, pair_from, factor, col, lane, bounds, values, FIRST_GRAD: tl.constexpr,
                   SECOND_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """d1 = k1 ln 2 2^u1 ((u1 - u2) - mean) and d2 = k2 2^u2 - k1 2^u1 for one block, k = g / s."""
     d1_ptr, d1_at, d1_stride, d2_ptr, d2_at, d2_stride = to
     m1, k1, m2, k2, mean = values
-    y1, y2 = load_pair(pair_from, col, lane, mask, HINT)
+    y1, y2 = load_pair(pair_from, col, lane, bounds, HINT)
+    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
     u1, u2 = tl.fma(y1, factor, -m1), tl.fma(y2, factor, -m2)
     w = tl.exp2(u1)
     if FIRST_GRAD:
         d1 = tl.where(w > 0, k1 * LN2 * w * (u1 - u2 - mean), k1 * w)
         store_block(block_at(d1_ptr, d1_at, col, lane, d1_stride, HINT), d1, mask)
     if SECOND_GRAD:
-        d2 = tl.fma(k2, tl.exp2(u2), -k1 * w)
+        d2 = k2 * tl.exp2(u2) - k1 * w  # exactly 0 where the logits are equal
         store_block(block_at(d2_ptr, d2_at, col, lane, d2_stride, HINT), d2, mask)
 
 
@@ -177,11 +175,11 @@ def kl_div_with_logits_backward_kernel(
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
-            mask = block_mask(live, col, lane, plan, HINT)
-            put_gradients(to, pair_from, factor, col, lane, mask, values, FIRST_GRAD, SECOND_GRAD, HINT)
+            put_gradients(to, pair_from, factor, col, lane, (live, plan[0], plan[1]), values,
+                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1:
             edge = edge_cols(plan)
-            put_gradients(to, pair_from, factor, 0, edge, rows_mask(live, edge, n_cols), values,
+            put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
                           FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
 
 
@@ -196,7 +194,7 @@ def _sides(x, target, reverse: bool):
 
 def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, reduction, dtype):
     loss, stats = outputs
-    walk, shape, programs, placed = row_walk(dim, x, target)
+    walk, shape, programs, placed = narrow_row_walk(dim, x, target)
     strides = _sides(*walk.strides, reverse)
     parts = x.new_empty(programs, dtype=torch.float32)
     launch(
@@ -216,7 +214,7 @@ def kl_div_with_logits_backward(
     outputs, dloss, x, target, stats, dim, temperature, reverse, reduction, input_grad, target_grad
 ):
     wanted = [outputs[0] if input_grad else None, outputs[1] if target_grad else None]
-    walk, shape, programs, placed = row_walk(dim, x, target, *wanted)
+    walk, shape, programs, placed = narrow_row_walk(dim, x, target, *wanted)
     strides = [*_sides(*walk.strides[2:], reverse), *_sides(*walk.strides[:2], reverse)]
     grads = _sides(*placed[2:], reverse)
     chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))

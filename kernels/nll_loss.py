@@ -17,7 +17,7 @@ from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
     FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, restore, row_walk,
-    rows_at, rows_mask, schedule, store_block, stride_scalars,
+    rows_at, schedule, store_block, stride_scalars,
 )  # fmt: skip
 
 GATHER = 256  # rows a program gathers
@@ -47,12 +47,13 @@ def nll_loss_forward_kernel(
 
 
 @triton.jit
-def put_gradient(to, col, lane, mask, label, dy, rest, LABEL: tl.constexpr, HINT: tl.constexpr):
+def put_gradient(to, col, lane, bounds, label, dy, rest, LABEL: tl.constexpr, HINT: tl.constexpr):
     """One block: `rest`, and dy at the label."""
     dx_ptr, dx_at, class_stride = to
     value = tl.full(lane.shape, 0.0, tl.float32) + rest
     if LABEL:
         value = tl.where(col + lane == label, dy, value)
+    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
     store_block(block_at(dx_ptr, dx_at, col, lane, class_stride, HINT), value, mask)
 
 
@@ -88,11 +89,10 @@ def nll_loss_backward_kernel(
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
-            mask = block_mask(live, col, lane, plan, HINT)
-            put_gradient(to, col, lane, mask, labels, dy, rest, True, HINT)
+            put_gradient(to, col, lane, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)
         if ROWS == 1 and HINT > 1:
             edge = edge_cols(plan)
-            put_gradient(to, 0, edge, rows_mask(live, edge, n_cols), labels, dy, rest, True, 1)
+            put_gradient(to, 0, edge, (live, 0, n_cols), labels, dy, rest, True, 1)
 
 
 def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype):

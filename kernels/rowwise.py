@@ -20,7 +20,6 @@ from .numerics import LOG2E, LOWEST, lanes_max, lanes_sum, scale2, spread
 FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
 VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
 EDGE: tl.constexpr = tl.constexpr(16)
-APART: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -80,18 +79,28 @@ def clean_col(i, plan, BLOCK: tl.constexpr):
 @triton.jit
 def masked_col(i, plan, BLOCK: tl.constexpr):
     """The first column of masked block i: the label's block, then the tail; all blocks if none is clean."""
-    first, end, full, label_block, clean, masked = plan
+    _first, _end, full, label_block, clean, _masked = plan
     block = tl.where((i == 0) & (label_block < full), label_block, full)
-    return first + tl.where(clean > 0, block, i) * BLOCK
+    return plan[0] + tl.where(clean > 0, block, i) * BLOCK
 
 
 @triton.jit
 def block_lanes(U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (U is APART there)."""
+    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (V is 1 there, and U is not)."""
     lane = tl.arange(0, U * T * V)[None, :]
-    if U == APART:
+    if V == 1 and U > 1:
         lane = lane.to(tl.int64)
     return lane
+
+
+@triton.jit
+def at_label(col, label, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """Which elements [ROWS, BLOCK] of the block at `col` are the row's label (a scalar or [ROWS])."""
+    if len(label.shape) == 0:
+        run = tl.reshape(label - col - V * tl.arange(0, U * T), [1, U * T, 1])
+    else:
+        run = tl.reshape(label[:, None] - col - V * tl.arange(0, U * T)[None, :], [label.shape[0], U * T, 1])
+    return tl.reshape(run == tl.arange(0, V)[None, None, :], [run.shape[0], U * T * V])
 
 
 @triton.jit
@@ -110,6 +119,38 @@ def load_block(place, mask):
         return tl.load(place).to(tl.float32)
     else:
         return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """A block in float32: all of it, or what lies within bounds (rows, first, end), OTHER beyond.
+
+    bfloat16 is the upper half of float32: aligned runs are read as pairs, and a shift or a mask widens
+    each half, where a conversion would unpack it first."""
+    if HINT > 1 and ptr.dtype.element_ty == tl.bfloat16:
+        half: tl.constexpr = lane.shape[1] // 2
+        pair = tl.arange(0, half)[None, :]
+        start = at + (tl.full([], 0, tl.int64) + col) * class_stride
+        place = (ptr + start).to(tl.pointer_type(tl.int32), bitcast=True)
+        place = tl.multiple_of(place, 16 if len(at.shape) == 0 else [16, 16]) + pair
+        if bounds is None:
+            both = tl.load(place)
+        else:
+            rows, first, end = bounds
+            before = tl.multiple_of((end - first) // 2, HINT // 2)
+            mask = rows_mask(rows, tl.multiple_of((col - first) // 2, HINT // 2) + pair, before)
+            both = tl.load(place, mask=mask, other=-8323200 if OTHER < 0 else 0)  # a pair of -inf, or of 0
+        low = (both << 16).to(tl.float32, bitcast=True)
+        high = (both & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [both.shape[0], 2 * half])
+    else:
+        place = block_at(ptr, at, col, lane, class_stride, HINT)
+        if bounds is None:
+            return tl.load(place).to(tl.float32)
+        else:
+            rows, first, end = bounds
+            mask = block_mask(rows, col, lane, (first, end), HINT)
+            return tl.load(place, mask=mask, other=OTHER).to(tl.float32)
 
 
 @triton.jit
@@ -211,8 +252,7 @@ def tiling(walk: Rows, element_size: int) -> Tiling:
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side."""
     v = 16 // element_size
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        apart = APART.value
-        return Tiling(256, apart, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, apart, 8, 1, 1, 4)
+        return Tiling(256, 4, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, 4, 8, 1, 1, 4)
     first = walk.strides[0]
     together = all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
     aligned = together and walk.cols % VECTOR == first[0] % VECTOR == first[1] % VECTOR == 0
@@ -222,7 +262,7 @@ def tiling(walk: Rows, element_size: int) -> Tiling:
         return Tiling(16, 1, 128, 1, 1, 4)
     if walk.cols <= 1024 and aligned:
         return Tiling(2, 1, 1024 // v, v, VECTOR, 4)
-    return Tiling(1, 2, 256, v, VECTOR if together else 1, 8)
+    return Tiling(1, 4, 128, v, VECTOR if together else 1, 4)
 
 
 def row_walk(
