@@ -36,10 +36,11 @@ def bce_forward_kernel(
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         p = load(x_ptr, at, x_row_stride, x_col_stride)
         t = load(target_ptr, at, target_row_stride, target_col_stride)  # p = t = 0 adds nothing
         loss = bce_term(p, t)
@@ -62,11 +63,12 @@ def bce_backward_kernel(
     weight_row_stride, weight_col_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         p = load(x_ptr, at, x_row_stride, x_col_stride)
         if not REDUCE:
             g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)

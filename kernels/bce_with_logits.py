@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, store, tile_at, walk
+from .elementwise import NUM_WARPS, load, store, tile_at, tile_mask, walk
 from .launch import kernel, launch
 from .numerics import LOG2E, log1p, log1p_unit
 from .operators import MEAN, NONE
@@ -47,18 +47,18 @@ def bce_with_logits_forward_kernel(
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     PRODUCT: tl.constexpr = REDUCE and not WEIGHT and not POS_WEIGHT
     T: tl.constexpr = ROWS * BLOCK // V
     total, q = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         x = load(x_ptr, at, x_row_stride, x_col_stride, -1e30)  # adds nothing where there is none
         t = load(target_ptr, at, target_row_stride, target_col_stride)
         p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
         if SMOOTH:
-            t = tl.where(at[3], tl.fma(t, keep, shift), 0.0)
+            t = tl.where(tile_mask(at), tl.fma(t, keep, shift), 0.0)
         a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
         if PRODUCT:
             q_tile = fold_product(tl.reshape(e, [T, V]), V)
@@ -86,11 +86,12 @@ def bce_with_logits_backward_kernel(
     weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         x = load(x_ptr, at, x_row_stride, x_col_stride)
         t = load(target_ptr, at, target_row_stride, target_col_stride)
         p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
@@ -104,8 +105,8 @@ def bce_with_logits_backward_kernel(
         if INPUT_GRAD:
             # exp(-x) and its bound, at which sigmoid(x) is still a normal number
             u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
-            dx = tl.fma(-t * p, u, 1.0 - t) * (1.0 / (1.0 + u))
-            store(dx_ptr, dx * scaled, at, dx_row_stride, dx_col_stride)
+            dx = tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-scaled / (1.0 + u))
+            store(dx_ptr, dx, at, dx_row_stride, dx_col_stride)
         if TARGET_GRAD:
             dt = -x
             if POS_WEIGHT:

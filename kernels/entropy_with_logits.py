@@ -171,12 +171,13 @@ def entropy_with_logits_backward_kernel(
 
 
 def narrow_row_walk(dim: int, *tensors: torch.Tensor | None):
-    """row_walk with a quarter of the rows in a tile of several: these sums take more registers."""
-    walk, shape, programs, placed = row_walk(dim, *tensors)
+    """row_walk in smaller tiles: these sums take more registers."""
+    walk, shape, _, placed = row_walk(dim, *tensors)
     if shape.ROWS > 2:
         shape = shape._replace(ROWS=shape.ROWS // 4)
-        programs = walk.outer * triton.cdiv(walk.inner, shape.ROWS)
-    return walk, shape, programs, placed
+    elif shape.ROWS == 1:
+        shape = shape._replace(U=2)
+    return walk, shape, walk.outer * triton.cdiv(walk.inner, shape.ROWS), placed
 
 
 def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:

@@ -32,10 +32,11 @@ def kl_div_forward_kernel(
     n_rows, n_cols, chunks, trips,
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         x = load(x_ptr, at, x_row_stride, x_col_stride)
         t = load(target_ptr, at, target_row_stride, target_col_stride)
         loss = kl_term(x, t, LOG_TARGET)
@@ -55,11 +56,12 @@ def kl_div_backward_kernel(
     dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
     for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK)
+        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
         t = load(target_ptr, at, target_row_stride, target_col_stride)
         p = tl.exp2(t * LOG2E) if LOG_TARGET else t
         if not REDUCE:
