@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 OURS, PASSES = "fusedloss", ("forward", "backward", "both")
@@ -29,18 +31,18 @@ def table(report: dict[str, Any]) -> Table:
     out = Table(title=f"{report['device']}: {report['rows']} x {report['cols']}, {report['dtype']}",
                 caption=f"ms: median, ± half the 20-80 % range. GB/s and % of a copy's {report['copy_gbs']:.1f} GB/s "
                 "count the bytes that forward and backward must move.\nMiB: peak beyond the inputs, forward and "
-                "backward. x torch: both, torch's time over this one's.")  # fmt: skip
-    for name in ("case", "", *PASSES, "GB/s", "% copy", "x torch", "MiB", "launches"):
+                "backward. x torch: both, torch's time over this one's.", box=SIMPLE_HEAD)  # fmt: skip
+    for name in ("case", "", *(f"{p}, ms" for p in PASSES), "GB/s", "% copy", "x torch", "MiB", "launches"):
         out.add_column(name, justify="left" if name in ("case", "") else "right", no_wrap=True)
     shown = None
     for (case, name), r in of.items():
         if shown not in (None, case):
-            out.add_section()
+            out.add_row()
         first, shown, style = case if case != shown else "", case, "bold" if name == OURS else None
         if "ms" not in r:
             out.add_row(first, name, f"[red]{r['verdict'].split(':')[0]}", style=style)
             continue
-        cells = ["{:.3g} ±{:.0f}%".format(t[0], (t[2] - t[1]) / 2 / t[0] * 100) for t in r["ms"].values()]
+        cells = [f"{t[0]:.3g} ±{(t[2] - t[1]) / 2 / t[0]:.0%}" for t in r["ms"].values()]
         rate, torch_ms = r["gbs"]["both"], of[case, "torch"].get("ms")
         cells += ["-", "-"] if rate is None else [f"{rate:.1f}", f"{rate / report['copy_gbs']:.0%}"]
         cells += [f"{torch_ms['both'][0] / r['ms']['both'][0]:.2f}" if torch_ms else "-"]
@@ -78,11 +80,17 @@ def draw(report: dict[str, Any], to: Path) -> Path | None:
         if name == OURS:
             left.hlines(y, 1, x, color=colour[name], alpha=0.35, linewidth=2.5, zorder=2)
             for value, row in points:
-                left.annotate(f"{value:.2f}" if value < 10 else f"{value:.0f}", (value, row), (0, 7),
-                              textcoords="offset points", ha="center", fontsize=7.5, color=colour[name])  # fmt: skip
+                left.annotate(
+                    f"{value:.2f}" if value < 10 else f"{value:.0f}", (value, row), (0, 7), zorder=5,
+                    textcoords="offset points", ha="center", fontsize=7.5, color=colour[name],
+                    bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85),
+                )  # fmt: skip
     left.axvline(1, color=colour["torch"], linewidth=1.2, label="torch", zorder=1)
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    left.set_xscale("log", base=2)
+    low, high = (math.floor(math.log2(left.get_xlim()[0])), math.ceil(math.log2(left.get_xlim()[1])))
+    ticks = [2.0**k for k in range(low, high + 1)]
+    left.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    left.set_xlim(ticks[0] * 0.95, ticks[-1] * 1.05)
     left.set_title("speed against torch, forward + backward (right is faster)", fontsize=10, loc="left")
     shown = [name for name in ("torch", OURS) if name in names]
     for k, name in enumerate(shown):
@@ -94,7 +102,11 @@ def draw(report: dict[str, Any], to: Path) -> Path | None:
     right.set_title("necessary bytes over time, GB/s", fontsize=10, loc="left")
     left.set_yticks(range(len(cases)), [c.replace("binary_cross_entropy", "bce") for c in cases], fontsize=8.5)
     left.set_ylim(len(cases) - 0.4, -1.1)
+    losses = [c.partition("/")[0] for c in cases]
     for axis in (left, right):
+        for i in range(1, len(cases)):
+            if losses[i] != losses[i - 1]:
+                axis.axhline(i - 0.5, color="#cccccc", linewidth=0.8, zorder=0)
         axis.grid(axis="x", color="#e6e6e6", zorder=0)
         axis.set_axisbelow(True)
         axis.tick_params(length=0, labelsize=8.5)

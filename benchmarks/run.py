@@ -141,6 +141,9 @@ def run(args: Any, host: Any, console: Console, shape: tuple[int, int], compiled
     for r in report["results"]:
         if r["verdict"]:
             console.print(f"{r['case']}, {r['name']}: {r['verdict']}", markup=False)
+    noisy = sum(t[2] - t[1] > t[0] for r in report["results"] for t in r.get("ms", {}).values())
+    if noisy > 0.05 * 3 * len(report["results"]):
+        console.print(f"Other work disturbed {noisy} of these times: their 20-80 % range is wider than their median.")
     if report["left_out"]:
         console.print(f"Out of time (--seconds {seconds:g}), not run: {', '.join(report['left_out'])}")
     console.print(host.note, style="bold")
@@ -162,7 +165,7 @@ def version(package: str) -> str | None:
 def roofline(console: Console) -> None:
     """The static report of the compiled kernels stands in for a GPU."""
     if version("triton") is None or find_spec("fusedloss.roofline") is None:
-        console.print("No static roofline: it needs Triton.")
+        console.print("No static roofline: it needs Triton and fusedloss.roofline.")
         return
     import_module("fusedloss.roofline").main(["--gpu", "h100"])
 

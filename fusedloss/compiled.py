@@ -28,26 +28,36 @@ TYPES = {
 }  # fmt: skip
 
 
+class Loop(NamedTuple):
+    """A loop, or the code outside of all loops: instructions, special-function operations among them, and
+    bytes that a thread loads in accesses of eight bytes and more."""
+
+    instructions: int
+    special: int
+    load_bytes: int
+
+
 class Code(NamedTuple):
-    """What the machine code of one kernel says. `loop` is the loop that loads most bytes, or the whole
-    kernel where there is none: its instructions, special-function operations, and bytes loaded a thread."""
+    """What the machine code of one kernel says."""
 
     name: str
     target: str
+    num_warps: int
     registers: int
     spills: int
     shared: int
-    num_warps: int
-    instructions: int
-    loop: int
-    loop_special: int
-    loop_load_bytes: int
+    loops: tuple[Loop, ...]  # innermost loops, in the order of the code
+    outside: Loop
     widths: dict[str, int]  # global accesses by kind and bytes: "load16": 4
+
+    @property
+    def instructions(self) -> int:
+        return self.outside.instructions + sum(loop.instructions for loop in self.loops)
 
     @property
     def wide(self) -> bool:
         """Whether there are 16-byte loads or stores."""
-        return any(kind in self.widths for kind in ("load16", "store16"))
+        return "load16" in self.widths or "store16" in self.widths
 
 
 def launches(call: Callable[[], Any]) -> list[Any]:
@@ -112,9 +122,12 @@ def _tool(name: str, cubin: bytes, *arguments: str) -> str:
 
 
 class _Line(NamedTuple):
-    address: int
     opcode: str
     text: str
+    address: int
+
+
+MUFU = re.compile(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 
 
 def _read_nvidia(kernel: Any) -> dict[str, Any]:
@@ -127,57 +140,55 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
     for text in _tool("cuobjdump", cubin, "-sass").splitlines():
         found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", text)
         if found:
-            lines.append(_Line(int(found[1], 16), found[2], found[3]))
+            lines.append(_Line(found[2], found[3], int(found[1], 16)))
     end = next((k for k, line in reversed(list(enumerate(lines))) if line.opcode == "EXIT"), len(lines) - 1)
     lines = lines[: end + 1]
-    widths: Counter[str] = Counter()
-    for line in lines:
-        if (kind := _access(line.opcode)) is not None:
-            widths[kind[0] + str(kind[1])] += 1
-    loop = max(_loops(lines), key=_loaded, default=lines)
-    loop = loop if _loaded(loop) else lines
-    return dict(
-        registers=registers, spills=stack + local, instructions=len(lines), loop=len(loop),
-        loop_special=sum(line.opcode.startswith("MUFU") for line in loop),
-        loop_load_bytes=_loaded(loop), widths=dict(widths),
-    )  # fmt: skip
-
-
-def _access(opcode: str) -> tuple[str, int] | None:
-    kind = {"LDG": "load", "STG": "store"}.get(opcode.split(".")[0])
-    if kind is None:
-        return None
-    width = re.search(r"\.(256|128|64|U?S?16|U?S?8)\b", opcode)
-    bits = int(re.sub(r"\D", "", width[1])) if width else 32
-    return kind, bits // 8
-
-
-def _loaded(lines: list[_Line]) -> int:
-    accesses = [_access(line.opcode) for line in lines]
-    return sum(a[1] for a in accesses if a is not None and a[0] == "load" and a[1] >= 8)
-
-
-def _loops(lines: list[_Line]) -> list[list[_Line]]:
-    """Innermost stretches of code that a backward branch closes."""
-    found = []
-    for line in lines:
-        if line.opcode.split(".")[0] == "BRA" and (to := re.search(r"0x([0-9a-f]+)", line.text)):
-            if int(to[1], 16) < line.address:
-                found.append((int(to[1], 16), line.address))
-    inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    return [[line for line in lines if first <= line.address <= last] for first, last in inner]
+    jumps = [
+        (int(to[1], 16), line.address)
+        for line in lines
+        if line.opcode.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", line.text))
+    ]
+    return dict(registers=registers, spills=stack + local, **_counts(lines, jumps))
 
 
 def _read_amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
+    lines, labels, jumps = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+)(.*)", line):
+            if (to := re.search(r"(\.L\w+)", found[2])) and to[1] in labels:
+                jumps.append((labels[to[1]], len(lines)))
+            lines.append(_Line(found[1], found[2], len(lines)))
     number = lambda key: int(found[1]) if (found := re.search(rf"\.{key}:\s+(\d+)", text)) else 0
-    widths: Counter[str] = Counter()
-    for kind, size in re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", text):
-        width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b128": 16, "b64": 8, "b32": 4}
-        widths[kind + str(width.get(size, 2))] += 1
-    body = re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+)", text, re.MULTILINE)
-    special = sum(op.startswith(("v_exp_", "v_log_", "v_rcp_", "v_sqrt_")) for op in body)
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return dict(registers=number("vgpr_count"), spills=spills, **_counts(lines, jumps))
+
+
+def _counts(lines: list[_Line], jumps: list[tuple[int, int]]) -> dict[str, Any]:
+    """Loops (stretches that a backward jump closes, none within another), the rest, access widths."""
+    back = {(first, last) for first, last in jumps if first < last}
+    inner = sorted(a for a in back if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in back))
+    bodies = [[line for line in lines if first <= line.address <= last] for first, last in inner]
+    inside = {line.address for body in bodies for line in body}
+    widths = Counter(kind + str(size) for line in lines for kind, size in [_access(line.opcode)] if kind)
     return dict(
-        registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
-        instructions=len(body), loop=len(body), loop_special=special, loop_load_bytes=0, widths=dict(widths),
+        loops=tuple(_loop(body) for body in bodies),
+        outside=_loop([line for line in lines if line.address not in inside]), widths=dict(widths),
     )  # fmt: skip
+
+
+def _loop(lines: list[_Line]) -> Loop:
+    loads = [size for line in lines for kind, size in [_access(line.opcode)] if kind == "load" and size >= 8]
+    return Loop(len(lines), sum(bool(MUFU.match(line.opcode)) for line in lines), sum(loads))
+
+
+def _access(opcode: str) -> tuple[str, int]:
+    """("load" or "store", bytes) of a global access, ("", 0) of anything else."""
+    if amd := re.match(r"(?:global|buffer)_(load|store)_(\w+)", opcode):
+        sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b128": 16, "b96": 12, "b64": 8, "b32": 4}
+        return amd[1], sizes.get(amd[2], 2)
+    kind = {"LDG": "load", "STG": "store"}.get(opcode.split(".")[0], "")
+    width = re.search(r"\.(256|128|64|[US]?16|[US]?8)\b", opcode)
+    return (kind, int(re.sub(r"\D", "", width[1])) // 8 if width else 4) if kind else ("", 0)

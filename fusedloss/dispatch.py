@@ -27,6 +27,7 @@ FUNCTIONS = {  # class: its module in fusedloss.autograd
     "KLDivWithLogits": "kl_div_with_logits",
     "NLLLoss": "nll_loss",
 }
+BINARY = frozenset(("BCE", "BCEWithLogits"))  # their weights broadcast to the input
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _installed = find_spec("triton") is not None
@@ -131,6 +132,8 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
     """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype."""
     if (x.is_cuda or _any_device) and path(x) == TRITON and _suits(x, others):
+        if name in BINARY:
+            others = tuple(o.expand_as(x) if isinstance(o, Tensor) else o for o in others)
         if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
             others = (x.view_as(x), *others[1:])
         return function(name).apply(x, *others)

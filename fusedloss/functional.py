@@ -93,10 +93,6 @@ def binary_cross_entropy_with_logits(
     result = target.dtype
     if dtype is not None or result is not torch.float32:
         result = checks.result_dtype(dtype, result, input)
-    if weight is not None:
-        weight = weight.expand_as(input)
-    if pos_weight is not None:
-        pos_weight = pos_weight.expand_as(input)
     return run(
         "BCEWithLogits", reference.bce_with_logits,
         input, target, weight, pos_weight, label_smoothing, number, result,
@@ -156,8 +152,6 @@ def binary_cross_entropy(
     result = input.dtype
     if dtype is not None or result is not torch.float32:
         result = checks.result_dtype(dtype, result, input)
-    if weight is not None:
-        weight = weight.expand_as(input)
     return run("BCE", reference.bce, input, target, weight, number, result)
 
 

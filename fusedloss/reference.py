@@ -90,6 +90,8 @@ def _weight_is_odd(weight: Tensor | None) -> bool:
 
 def bce(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, dtype: torch.dtype) -> Tensor:
     """-(t log x + (1 - t) log(1 - x)), each logarithm not below -100."""
+    if weight is not None:
+        weight = weight.expand_as(x)
     if x.dtype is not dtype and x.is_floating_point():
         wide = torch.promote_types(x.dtype, dtype)
         x, target = x.to(wide), target.to(wide)

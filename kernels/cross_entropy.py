@@ -284,6 +284,7 @@ def cross_entropy_forward(
 ):
     loss, z, m, s, b, scale = outputs
     dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    weight = None if weight is None else weight.contiguous()
     walk, shape, programs, placed = row_walk(dim, x, target if probs else None)
     x, probabilities = placed
     if probs:
@@ -316,6 +317,7 @@ def cross_entropy_backward(
 ):  # fmt: skip
     dx, dt = outputs[0], outputs[1] if target_grad else None
     dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    weight = None if weight is None else weight.contiguous()
     walk, shape, programs, placed = row_walk(dim, x, target if probs else None, dx, dt)
     x, probabilities = placed[:2]
     if probs:

@@ -170,13 +170,13 @@ def entropy_with_logits_backward_kernel(
             put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
 
 
-def narrow_row_walk(dim: int, *tensors: torch.Tensor | None):
-    """row_walk in smaller tiles: these sums take more registers."""
+def narrow_row_walk(dim: int, *tensors: torch.Tensor | None, loads: int = 4):
+    """row_walk in smaller tiles, as these sums take more registers; at most `loads` a thread in long rows."""
     walk, shape, _, placed = row_walk(dim, *tensors)
     if shape.ROWS > 2:
         shape = shape._replace(ROWS=shape.ROWS // 4)
     elif shape.ROWS == 1:
-        shape = shape._replace(U=2)
+        shape = shape._replace(U=min(shape.U, loads))
     return walk, shape, walk.outer * triton.cdiv(walk.inner, shape.ROWS), placed
 
 

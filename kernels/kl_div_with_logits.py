@@ -194,7 +194,7 @@ def _sides(x, target, reverse: bool):
 
 def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, reduction, dtype):
     loss, stats = outputs
-    walk, shape, programs, placed = narrow_row_walk(dim, x, target)
+    walk, shape, programs, placed = narrow_row_walk(dim, x, target, loads=2)
     strides = _sides(*walk.strides, reverse)
     parts = x.new_empty(programs, dtype=torch.float32)
     launch(
@@ -214,7 +214,7 @@ def kl_div_with_logits_backward(
     outputs, dloss, x, target, stats, dim, temperature, reverse, reduction, input_grad, target_grad
 ):
     wanted = [outputs[0] if input_grad else None, outputs[1] if target_grad else None]
-    walk, shape, programs, placed = narrow_row_walk(dim, x, target, *wanted)
+    walk, shape, programs, placed = narrow_row_walk(dim, x, target, *wanted, loads=2)
     strides = [*_sides(*walk.strides[2:], reverse), *_sides(*walk.strides[:2], reverse)]
     grads = _sides(*placed[2:], reverse)
     chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))

@@ -96,6 +96,7 @@ def nll_loss_backward_kernel(
 
 
 def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype):
+    weight = None if weight is None else weight.contiguous()
     loss, scale = outputs
     walk = rows(min(1, x.dim() - 1), x)
     if walk is None:
@@ -120,6 +121,7 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
 
 
 def nll_loss_backward(dx, dloss, x, target, weight, scale, ignore_index, reduction):
+    weight = None if weight is None else weight.contiguous()
     walk, shape, programs, placed = row_walk(min(1, dx.dim() - 1), dx)
     target, *target_strides = vector(target, walk.outer, walk.inner)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)

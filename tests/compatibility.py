@@ -3,18 +3,23 @@
     python -P tests/compatibility.py            write the page
     python -P tests/compatibility.py --check    exit with 1 where a test does not exist or the page is old
 
-A feature counts as held only while it names a test; one that names none is printed as unproved.
+A feature counts as held only while it names a test of each path that it depends on.
 """
 
 import ast
 import sys
-import tomllib
 from functools import cache
 from pathlib import Path
 
+import tomllib
+
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "docs/compatibility.toml", ROOT / "docs/compatibility.md"
-MARKS = {"Y": "yes", "P": "partly", "N": "no", "-": "–"}
+FORCED = {  # the path that the tests of a file force; the others look at both
+    "kernels/": "kernels", "autograd/": "kernels", "ptxsim": "kernels",
+    "test_reference": "reference", "test_functional": "reference", "test_modules": "reference",
+}  # fmt: skip
+MARKS = {"Y": "yes", "P": "partly", "N": "no", "-": "·"}
 
 
 @cache
@@ -41,15 +46,28 @@ def proof(feature: dict) -> str:
     for test in feature["tests"]:
         file, _, name = test.partition("::")
         links.append(f"[{name.replace('::', '.')}](../tests/{file})")
-    return "<br>".join(links) or "**no test yet**"
+    return "<br>".join(links) or "·"
+
+
+def ours(feature: dict) -> str:
+    """Our column: what the named tests prove."""
+    path, tests = feature.get("path", "both"), feature["tests"]
+    seen = {next((p for prefix, p in FORCED.items() if t.startswith(prefix)), "both") for t in tests}
+    if path == "no":
+        return "no"
+    if not tests:
+        return "unproved"
+    if path == "both" and "both" not in seen and len(seen) == 1:
+        return f"on the {seen.pop()}; else unproved"
+    held = {"kernels": "yes, the kernels", "reference": "by the reference"}.get(path, "yes")
+    return f"{held}, composed" if feature.get("composed") else held
 
 
 def row(feature: dict, peers: list[str]) -> str:
     marks = feature["field"].split()
     if len(marks) != len(peers):
         raise ValueError(f"{feature['name']}: {len(marks)} marks for {len(peers)} packages")
-    ours = feature.get("ours", "yes") if feature["tests"] else "unproved"
-    cells = [feature["name"], f"**{ours}**", *(MARKS[m] for m in marks), proof(feature)]
+    cells = [feature["name"], f"**{ours(feature)}**", *(MARKS[m] for m in marks), proof(feature)]
     return f"| {' | '.join(cells)} |"
 
 

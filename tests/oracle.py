@@ -179,8 +179,7 @@ def kl_div_with_logits(x, target, dim=-1, temperature=1.0, reverse=False, reduct
 
 
 def entropy(p, dim=-1, reduction="none"):
-    p = p.double()
-    return reduce(-torch.special.xlogy(p, p).sum(dim), reduction)
+    return reduce(torch.special.entr(p.double()).sum(dim), reduction)  # whose derivative at 0 is inf
 
 
 def entropy_with_logits(x, dim=-1, reduction="none"):

@@ -1,0 +1,225 @@
+"""How far each kernel is from its GPU's memory roofline, read from machine code compiled for that GPU.
+
+Run ``python -m fusedloss.roofline --gpu h100``. Counted: registers, spills, instructions and special-function
+operations, in the code that Triton's own assembler emits. Declared: bytes (beside each case, in
+:mod:`fusedloss.testing`) and trip counts (:func:`trips`). Modelled: times, the largest of bytes over
+bandwidth, instructions over issue rate and special-function operations over their rate, with launches
+apart. No GPU is needed; where the named one is present, its measured time stands beside the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .compiled import Code, Loop, compile_launch, launches
+from .testing import CASES, Case, forward_backward
+
+SAMPLE_ROWS = 8  # rows compiled for: the code does not depend on their number
+
+
+class GPU(NamedTuple):
+    """Published rates. `lanes`: instructions of one thread a clock an SM; `special`: the same for MUFU."""
+
+    name: str
+    target: str
+    bandwidth: float  # bytes a second
+    sms: int
+    clock: float  # Hz
+    lanes: int = 128
+    special: int = 16
+    warps: int = 64  # resident an SM, at most
+    registers: int = 65536
+
+    def resident_warps(self, code: Code) -> int:
+        """Warps an SM that the registers leave room for."""
+        if self.target.startswith("gfx"):
+            return min(self.warps, 4 * (512 // max(code.registers, 1)))
+        each = (max(code.registers, 16) * 32 + 255) // 256 * 256 * code.num_warps
+        return min(self.warps, self.registers // each * code.num_warps)
+
+
+GPUS = {
+    "a100": GPU("A100 80GB SXM", "sm_80", 2.04e12, 108, 1.41e9),
+    "h100": GPU("H100 SXM", "sm_90", 3.35e12, 132, 1.755e9),
+    "b200": GPU("B200", "sm_100", 8.0e12, 148, 1.85e9),
+    "rtx4090": GPU("RTX 4090", "sm_120", 1.01e12, 128, 2.52e9, warps=48),
+    "mi300x": GPU("MI300X", "gfx942", 5.3e12, 304, 2.1e9, 64, 16, warps=32),
+}
+
+
+class Row(NamedTuple):
+    """One kernel of one case: what is counted, and what follows from it."""
+
+    case: str
+    kernel: str
+    registers: int
+    spills: int
+    warps: int
+    instructions: float
+    special: float
+    bytes: float
+    bytes_us: float
+    modelled_us: float
+    bound: str
+
+    @property
+    def distance(self) -> float:
+        return self.modelled_us / self.bytes_us if self.bytes_us else 0.0
+
+
+def trips(launch: Any, cols: int) -> tuple[int, int, int]:
+    """(elements a thread, trips of the main loop, trips of the masked loop) in one program.
+
+    A long row: whole blocks without a mask, then the label's block and the tail. A tile of short rows: one
+    masked block. An element-wise tile: `trips` tiles, all of them whole but the last."""
+    constants, threads = launch.constants, launch.num_warps * 32
+    if "T" in constants:
+        block = constants["U"] * constants["T"] * constants["V"]
+        blocks = -(-cols // block)
+        masked = min(2, blocks) if constants["ROWS"] == 1 else blocks
+        return constants["ROWS"] * cols // threads, blocks - masked, masked
+    tiles = launch.scalars.get("trips", 1)
+    return tiles * constants["ROWS"] * constants["BLOCK"] // threads, tiles, 0
+
+
+def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
+    """Machine instructions and special-function operations an element."""
+    elements, main, masked = trips(launch, cols)
+    loops = [loop for loop in code.loops if loop.load_bytes] or list(code.loops)
+    total = Loop(*code.outside)
+    instructions, special = float(total.instructions), float(total.special)
+    unrolled = max((loop.load_bytes for loop in loops), default=0) // max(
+        min((loop.load_bytes for loop in loops if loop.load_bytes), default=1), 1
+    )
+    for k, loop in enumerate(loops[:2]):
+        times = main / max(unrolled, 1) if k == 0 and main else masked
+        instructions += loop.instructions * times
+        special += loop.special * times
+    return instructions / max(elements, 1), special / max(elements, 1)
+
+
+def element_bytes(case: Case, inputs: Any, forward: bool) -> float:
+    """Bytes an element that cannot be avoided: reads and writes of element-sized tensors."""
+    tensors = inputs[0]
+    logits, dense = case.forward_bytes if forward else case.backward_bytes
+    target = tensors[1].element_size() if len(tensors) > 1 and tensors[1].is_floating_point() else 0
+    return logits * tensors[0].element_size() + dense * target
+
+
+def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduction: str = "mean") -> list[Row]:
+    """The rows of one case: every kernel of forward and backward, reductions apart."""
+    reduction = reduction if reduction in case.reductions else case.reductions[0]
+    flat = case.forward_bytes != (0, 0) and case.loss in (
+        "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
+    )  # fmt: skip
+    shape = (max(1, rows * cols // 65536 // 16), 65536) if flat else (SAMPLE_ROWS, cols)
+    inputs = case.make_inputs(shape, dtype, "cpu")
+    found = []
+    for launch in launches(lambda: forward_backward(case, inputs, reduction=reduction)):
+        code = compile_launch(launch, gpu.target)
+        if code.name in ("sum_kernel", "means_kernel"):
+            continue
+        forward = "forward" in code.name
+        if flat:
+            tiles = rows * cols // (launch.constants["ROWS"] * launch.constants["BLOCK"])
+            launch.scalars["trips"] = max(1, min(8, tiles // 1024))
+        instructions, special = executed(code, launch, cols)
+        size = element_bytes(case, inputs, forward)
+        elements = rows * cols
+        times = {
+            "bytes": elements * size / gpu.bandwidth,
+            "instructions": elements * instructions / (gpu.sms * gpu.lanes * gpu.clock),
+            "special functions": elements * special / (gpu.sms * gpu.special * gpu.clock),
+        }
+        bound = max(times, key=lambda name: times[name])
+        found.append(
+            Row(case.name, code.name, code.registers, code.spills, gpu.resident_warps(code), instructions,
+                special, size, times["bytes"] * 1e6, times[bound] * 1e6, bound)
+        )  # fmt: skip
+    return found
+
+
+def show(rows: list[Row], gpu: GPU, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption="Counted in machine code; times are modelled, not measured.")
+    for name in ("case", "kernel", "registers", "spills", "warps/SM", "insns/el", "MUFU/el", "bytes/el",
+                 "bytes us", "model us", "distance", "bound by"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("case", "kernel", "bound by") else "right")
+    for r in rows:
+        table.add_row(
+            r.case, r.kernel.removesuffix("_kernel"), str(r.registers), str(r.spills), str(r.warps),
+            f"{r.instructions:.1f}", f"{r.special:.2f}", f"{r.bytes:g}", f"{r.bytes_us:.0f}",
+            f"{r.modelled_us:.0f}", f"{r.distance:.2f}", r.bound,
+        )  # fmt: skip
+    Console(width=170).print(table)
+
+
+def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
+    """Modelled time over pure-bytes time, a bar a kernel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.24 * len(rows)), layout="constrained")
+    shown = [r for r in rows if r.bytes_us]
+    names = [f"{r.case}  {'forward' if 'forward' in r.kernel else 'backward'}" for r in shown]
+    colors = ["#2f6f8f" if r.bound == "bytes" else "#d9822b" for r in shown]
+    axes.barh(names, [r.distance for r in shown], color=colors, height=0.7)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("modelled time / time of the unavoidable bytes (1 is the roofline; orange: not bound by bytes)")
+    axes.set_title(f"{gpu.name}: distance to the memory roofline (counted and modelled, no GPU was timed)", fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def measured(case: Case, rows: int, cols: int, dtype: torch.dtype) -> float:
+    """Median microseconds of forward and backward on the GPU of this machine."""
+    import triton
+
+    inputs = case.make_inputs((rows, cols), dtype, "cuda")
+    return 1e3 * triton.testing.do_bench(lambda: forward_backward(case, inputs), return_mode="median")
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(prog="python -m fusedloss.roofline", description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--cols", type=int, default=32000)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args(arguments)
+    gpu, dtype = GPUS[options.gpu], getattr(torch, options.dtype)
+    rows = []
+    for case in (c for c in CASES if options.cases in c.name):
+        rows += report(case, gpu, options.rows, options.cols, dtype)
+    show(rows, gpu, f"{gpu.name} ({gpu.target}), {options.rows} x {options.cols}, {options.dtype}")
+    if torch.cuda.is_available():
+        print(f"measured on {torch.cuda.get_device_name()}, forward and backward:")
+        for case in (c for c in CASES if options.cases in c.name):
+            print(f"  {case.name:45s} {measured(case, options.rows, options.cols, dtype):9.1f} us")
+    else:
+        print("No GPU was timed.")
+    if options.json:
+        options.json.write_text(json.dumps([r._asdict() | {"distance": r.distance} for r in rows], indent=1))
+    if options.plot:
+        plot(rows, gpu, options.plot)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Compiles what a case launches, for a process that interprets and so cannot: one JSON request a line on
+standard input, one JSON answer a line on standard output. A specialisation is compiled once."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from fusedloss import compiled, testing
+
+_codes: dict[tuple, dict] = {}
+
+
+def dense(launch, elements):
+    """How many tensors of the input's size the kernel reads and writes, rows' values and sums apart."""
+    names = [n for n, t in zip(launch.kernel.arg_names, launch.tensors, strict=False)
+             if t is not None and t.numel() == elements]  # fmt: skip
+    written = [n for n in names if n.startswith("d") and n != "dloss_ptr" or n in ("out_ptr", "loss_ptr")]
+    return len(names) - len(written), len(written)
+
+
+def code(launch, target):
+    made = compiled.source(launch)
+    key = (launch.kernel.__name__, target, launch.num_warps, repr(made.signature), repr(made.constants),
+           repr(made.attrs))  # fmt: skip
+    if key not in _codes:
+        _codes[key] = compiled.compile_launch(launch, target)._asdict()
+    return _codes[key]
+
+
+def answer(case, shape, dtype, reduction, layout, target):
+    case, dtype = testing.case(case), getattr(torch, dtype)
+    tensors, keywords = case.make_inputs(shape, dtype, "cpu")
+    if layout == "sliced":
+        tensors = [torch.zeros(*t.shape[:-1], t.shape[-1] + 5, dtype=t.dtype)[..., 3:-2] if t.dim() > 1 else t
+                   for t in tensors]  # fmt: skip
+    keywords["reduction"] = reduction
+
+    def call():
+        leaves = [t.requires_grad_(t.is_floating_point() and i < case.differentiable)
+                  for i, t in enumerate(tensors)]  # fmt: skip
+        loss = case.ours(*leaves, **keywords)
+        torch.autograd.grad(loss, [t for t in leaves if t.requires_grad], torch.ones_like(loss))
+
+    found = []
+    for launch in compiled.launches(call):
+        reads, writes = dense(launch, tensors[0].numel())
+        found.append({**code(launch, target), "reads": reads, "writes": writes})
+    return found
+
+
+def main():
+    for line in sys.stdin:
+        try:
+            reply = {"codes": answer(**json.loads(line))}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

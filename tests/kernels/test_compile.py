@@ -1,0 +1,104 @@
+"""Every kernel that every case launches, compiled for six GPUs on a machine that may have none: nothing is
+spilled, and rows that lie together and begin at 16 bytes are read and written 16 bytes at a time.
+
+By default each case is compiled for sm_90 in two configurations, and every third case for each of the other
+targets in one, which takes three minutes of one core; FUSEDLOSS_TEST_ALL=1 takes them all, over an hour.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedloss import compiled, testing
+
+triton = pytest.importorskip("triton")
+
+ALL = os.environ.get("FUSEDLOSS_TEST_ALL") == "1"
+WIDE = "wide"
+
+# (shape, layout): one for each class of rows, each with the dtype and reduction that it has by default
+CONFIGURATIONS = [
+    ((4, 4096), WIDE, "bfloat16", "mean"),  # a row a program, aligned
+    ((4, 4096), WIDE, "float32", "none"),
+    ((4, 4103), "plain", "bfloat16", "none"),  # a row a program, unaligned from the second row on
+    ((4, 4103), "sliced", "float32", "mean"),  # rows apart, off 16 bytes
+    ((300, 10), "plain", "bfloat16", "mean"),  # 128 rows a tile
+    ((40, 100), "sliced", "float32", "none"),  # 16 rows a tile
+    ((9, 512), WIDE, "bfloat16", "none"),  # two aligned rows a tile
+    ((9, 512), WIDE, "float32", "mean"),
+    ((2, 60, 7), "plain", "bfloat16", "mean"),  # classes lie apart
+    ((2, 60, 300), "plain", "float32", "none"),  # the same, with many positions
+]
+# read by what their size depends on, or not at all: element by element is right for them
+NARROW = {"sum_kernel", "means_kernel", "nll_loss_forward_kernel"}
+
+
+def is_chosen(c, k, t):
+    """Whether case number c is compiled in configuration k for target t by default: for sm_90 (t = 0) all
+    cases, in one wide configuration and another; for each of the others every third case, in one."""
+    if t == 0:
+        return k == c % 2 or k == 2 + c % (len(CONFIGURATIONS) - 2)
+    return (c + t) % 3 == 0 and k == (c // 3 + 2 * t) % len(CONFIGURATIONS)
+
+
+def chosen():
+    targets = ["sm_90", *(t for t in compiled.TARGETS if t != "sm_90")]
+    for c, case in enumerate(testing.CASES):
+        for k, (shape, layout, dtype, reduction) in enumerate(CONFIGURATIONS):
+            reduction = case.reductions[0] if reduction == "none" else case.reductions[-1]
+            for t, target in enumerate(targets):
+                if ALL or is_chosen(c, k, t):
+                    request = dict(case=case.name, shape=shape, layout=layout, dtype=dtype,
+                                   reduction=reduction, target=target)  # fmt: skip
+                    yield pytest.param(request, id="-".join(str(v) for v in request.values()))
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-P", str(Path(__file__).with_name("compile_server.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=environment) as process:  # fmt: skip
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def compile(server):
+    def ask(request):
+        print(json.dumps(request), file=server.stdin, flush=True)
+        reply = json.loads(server.stdout.readline())
+        assert "error" not in reply, reply["error"]
+        return reply["codes"]
+
+    return ask
+
+
+@pytest.mark.parametrize("wanted", list(chosen()))
+def test_kernels(wanted, compile):
+    codes = compile(wanted)
+    assert any("forward" in c["name"] for c in codes)
+    assert any("backward" in c["name"] for c in codes)
+    for code in codes:
+        assert code["instructions"] > 10, "no machine code was read"
+        assert code["spills"] == 0, f"{code['name']} spills {code['spills']} bytes"
+        if wanted["layout"] == WIDE and code["name"] not in NARROW:
+            widths = code["widths"]
+            assert widths.get("load16", 0) >= code["reads"], f"{code['name']}: {widths}"
+            assert widths.get("store16", 0) >= code["writes"], f"{code['name']}: {widths}"
+
+
+def test_everything_is_chosen_somewhere():
+    """The default share leaves out no target; no case and no configuration on a vendor's GPUs."""
+    requests = [p.values[0] for p in chosen()]
+    assert {r["target"] for r in requests} == set(compiled.TARGETS)
+    for vendor in ("sm_90", "sm_", "gfx"):
+        mine = [r for r in requests if r["target"].startswith(vendor)]
+        assert {(r["shape"], r["layout"], r["dtype"]) for r in mine} == {c[:3] for c in CONFIGURATIONS}
+        if vendor != "gfx":
+            assert {r["case"] for r in mine} == {c.name for c in testing.CASES}

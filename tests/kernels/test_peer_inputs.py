@@ -1,0 +1,461 @@
+"""Inputs that broke fused losses elsewhere, one test each, on the kernels and (where it is theirs to answer)
+on the reference; then the promises that hold for every call."""
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import testing
+
+from .. import oracle
+from .checking import check, draw
+
+pytest.importorskip("triton")
+
+INFINITY = float("inf")
+CASES = pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
+HALF_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+KERNELS = pytest.mark.parametrize("path", ["triton"], indirect=True)  # what only they promise
+
+
+@pytest.fixture(params=["triton", "reference"], autouse=True)
+def path(request):
+    with fusedloss.use(request.param):
+        yield request.param
+
+
+def normal(*shape, dtype=torch.float32, device="cpu"):
+    return (3 * torch.randn(shape, device=device)).to(dtype)
+
+
+def labels(rows, classes, device):
+    return torch.randint(classes, (rows,), device=device)
+
+
+def compare(name, tensors, differentiable=1, factor=1.0, **keywords):
+    """fusedloss's `name` against the oracle's; returns the loss and the gradients."""
+    ours, exact = getattr(fusedloss, name), getattr(oracle, name)
+    loss, upstream, gradients = oracle.value_and_gradients(ours, tensors, keywords, differentiable)
+    expected, _, expected_gradients = oracle.exact(exact, tensors, keywords, differentiable, upstream)
+    oracle.assert_close(loss, expected, factor=factor)
+    for actual, e in zip(gradients, expected_gradients, strict=True):
+        oracle.assert_close(actual, e, factor=factor)
+    return loss, gradients
+
+
+def gradient(loss, x):
+    (dx,) = torch.autograd.grad(loss, x)
+    return dx
+
+
+# (columns, how many of the first are -inf): inside a tile, and more than the first block of a long row
+FIRST_TILE = pytest.mark.parametrize(("cols", "masked"), [(100, 60), (512, 300), (9001, 8200)])
+
+
+@FIRST_TILE
+@HALF_AND_SINGLE
+def test_first_tile_all_minus_infinity(cols, masked, dtype, device):
+    x = normal(2, cols, dtype=dtype, device=device)
+    x[:, :masked] = -INFINITY
+    y = torch.tensor([masked, cols - 1], device=device)
+    _, (dx,) = compare("cross_entropy", (x, y), reduction="none")
+    assert not dx[:, :masked].any()
+
+
+@FIRST_TILE
+@pytest.mark.parametrize("name", ["entropy_with_logits", "kl_div_with_logits"])
+def test_classes_at_minus_infinity_might_as_well_not_be_there(name, cols, masked, device):
+    tensors = [normal(2, cols, device=device) for _ in range(1 + (name == "kl_div_with_logits"))]
+    few = [t[:, masked:].contiguous() for t in tensors]
+    for t in tensors:
+        t[:, :masked] = -INFINITY
+    call = getattr(fusedloss, name)
+    loss, upstream, gradients = oracle.value_and_gradients(call, tensors, dict(reduction="sum"), 2)
+    expected, _, expected_gradients = oracle.exact(
+        getattr(oracle, name), few, dict(reduction="sum"), 2, upstream
+    )
+    oracle.assert_close(loss, expected)
+    for actual, e in zip(gradients, expected_gradients, strict=True):
+        assert not actual[:, :masked].any()
+        oracle.assert_close(actual[:, masked:], e)
+
+
+@pytest.mark.parametrize("at", [0, 7, 4098], ids=str)
+@HALF_AND_SINGLE
+def test_one_logit_minus_infinity(at, dtype, device):
+    x = normal(2, 4099, dtype=dtype, device=device)
+    x[:, at] = -INFINITY
+    compare("cross_entropy", (x, torch.tensor([5, 4000], device=device)), reduction="none")
+
+
+def test_label_at_minus_infinity(device):
+    """Its loss is infinite and its gradient finite, as in torch."""
+    x = normal(3, 50, device=device)
+    x[1, 4] = -INFINITY
+    loss, (dx,) = compare("cross_entropy", (x, torch.tensor([0, 4, 4], device=device)), reduction="none")
+    assert loss[1] == INFINITY and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [INFINITY, float("nan")], ids=str)
+@pytest.mark.parametrize("at", [0, 30, 4099], ids=str)
+def test_a_row_with_infinity_or_nan_gives_nan_and_no_other(value, at, device):
+    x = normal(3, 4100, device=device)
+    x[1, at] = value
+    x.requires_grad_()
+    loss = fusedloss.cross_entropy(x, torch.tensor([1, 2, 3], device=device), reduction="none")
+    dx = gradient(loss.sum(), x)
+    assert loss[1].isnan() and dx[1, 2].isnan()
+    assert loss[[0, 2]].isfinite().all() and dx[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [-1000.0, -1e4, 1e4], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "kl_div_with_logits", "entropy_with_logits"])
+def test_all_logits_far_from_zero(name, offset, path, device):
+    """Beyond 88 float32 has neither exp(x) nor exp(-x); the offset must cost no accuracy either."""
+    x = normal(4, 300, device=device) + offset
+    other = {"cross_entropy": (labels(4, 300, device),), "kl_div_with_logits": (normal(4, 300, device=device),)}
+    # torch's log_softmax, the reference, rounds x - lse to float32
+    factor = 1.0 if path == "triton" else 100.0
+    compare(name, (x, *other.get(name, ())), reduction="sum", factor=factor)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weight"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("cross_entropy", {}), ("cross_entropy", dict(label_smoothing=0.1)), ("cross_entropy", dict(z_loss=0.1)),
+     ("nll_loss", {})],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("cols", [10, 2000])
+def test_all_rows_ignored(name, more, weighted, cols, device):
+    x = normal(4, cols, device=device)
+    y = torch.full((4,), -100, device=device)
+    if weighted:
+        more = {**more, "weight": torch.rand(cols, device=device)}
+    for reduction, value in (("none", 0.0), ("sum", 0.0), ("mean", float("nan"))):
+        leaf = x.clone().requires_grad_()
+        loss = getattr(fusedloss, name)(leaf, y, reduction=reduction, **more)
+        torch.testing.assert_close(loss, torch.full_like(loss, value), equal_nan=True, rtol=0, atol=0)
+        assert not gradient(loss.sum(), leaf).any()
+
+
+@CASES
+def test_empty_batch(case, device):
+    tensors, keywords = draw(case, (0, 7), torch.float32, device)
+    for reduction in case.reductions:
+        loss, _, gradients = oracle.value_and_gradients(
+            case.ours, tensors, {**keywords, "reduction": reduction}, case.differentiable
+        )
+        theirs = case.torch_equivalent(*tensors, **{**keywords, "reduction": reduction})
+        torch.testing.assert_close(loss, theirs, equal_nan=True)
+        assert all(g.shape == t.shape for g, t in zip(gradients, tensors, strict=False))
+
+
+@pytest.mark.parametrize("bad", [-1, "V", -(2**40), 2**32 + 1], ids=str)
+@pytest.mark.parametrize("cols", [7, 64, 512, 4099])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("cross_entropy", {}), ("cross_entropy", dict(label_smoothing=0.1, weight=True)), ("nll_loss", {}),
+     ("nll_loss", dict(weight=True))],
+    ids=str,
+)  # fmt: skip
+def test_label_out_of_range(name, more, cols, bad, path, device):
+    """IndexError on the reference, as in torch; NaN for the row on the kernels, which touch nothing outside."""
+    bad = cols if bad == "V" else bad
+    x = normal(3, cols, device=device).requires_grad_()
+    y = torch.tensor([0, bad, 1], device=device)
+    more = {k: torch.rand(cols, device=device) if k == "weight" else v for k, v in more.items()}
+    call = getattr(fusedloss, name)
+    if path == "reference":
+        if device.type == "cpu":
+            with pytest.raises(IndexError):
+                call(x, y, **more)
+        return
+    loss = call(x, y, reduction="none", **more)
+    dx = gradient(loss.sum(), x)
+    assert loss[1].isnan() and dx[1].isnan().all()
+    good = torch.tensor([0, 2], device=device)
+    alone = x.detach()[good].requires_grad_()
+    expected = getattr(oracle, name)(alone, y[good], reduction="none", **more)
+    oracle.assert_close(loss[good], expected)
+    oracle.assert_close(dx[good], gradient(expected.sum(), alone))
+    assert call(x, y, **more).isnan()
+
+
+@pytest.mark.parametrize("shape", [(1, 32769), (2049, 32), (1000, 10)], ids=str)
+def test_sizes_one_beyond_a_power_of_two(shape, device):
+    """2^15 + 1 classes; 2^11 + 1 rows; a thousand small rows."""
+    compare("cross_entropy", (normal(*shape, device=device), labels(*shape, device)))
+
+
+def test_a_million_small_rows(path, device):
+    if device.type == "cpu" and path == "triton":
+        pytest.skip("too slow for the interpreter")
+    compare("cross_entropy", (normal(10**6, 10, device=device), labels(10**6, 10, device)))
+
+
+@pytest.mark.parametrize("cols", [1, 2])
+@CASES
+def test_one_and_two_classes(case, cols, path, device):
+    tensors, keywords = draw(case, (5, cols), torch.float32, device)
+    if path == "triton":
+        check(case, tensors, keywords, torch.float32, against_torch=False)
+    else:
+        compare(case.loss, tensors, case.differentiable, factor=2.0, **keywords)
+
+
+@KERNELS
+@pytest.mark.parametrize("margin", [20.0, 30.0, 80.0])
+@pytest.mark.parametrize("cols", [2, 100, 512, 4103])
+@HALF_AND_SINGLE
+def test_confident_label_is_not_rounded_to_zero(cols, margin, dtype, device):
+    x = torch.randn(2, cols, device=device).to(dtype)
+    x[:, 1] = margin
+    y = torch.ones(2, dtype=torch.int64, device=device)
+    exact = x.double()
+    exact[:, 1] = -INFINITY
+    z = exact.logsumexp(1) - x[:, 1].double()  # the loss is log(1 + exp(z))
+    x.requires_grad_()
+    loss = fusedloss.cross_entropy(x, y, reduction="none")
+    dx = gradient(loss.sum(), x)
+    assert (loss > 0).all()
+    relative = 2e-5 + oracle.TOLERANCES[dtype].relative  # exp2 of -115 in float32
+    torch.testing.assert_close(loss.double(), torch.exp(z).log1p(), rtol=relative, atol=0)
+    torch.testing.assert_close(dx[:, 1].double(), -z.sigmoid(), rtol=relative, atol=0)
+
+
+@HALF_AND_SINGLE
+def test_bce_of_a_confident_zero(dtype, device):
+    """y = 0, x = -20: the loss is 2.06e-9. max(x, 0) - x y + log(1 + exp(-|x|)) gives 0."""
+    x = torch.tensor([-20.0, -20.0, 20.0, -80.0, 0.0], device=device, dtype=dtype)
+    y = torch.tensor([0.0, 0.25, 1.0, 0.0, 0.0], device=device, dtype=dtype)
+    for reduction in ("none", "sum"):
+        loss, _ = compare("binary_cross_entropy_with_logits", (x, y), 2, reduction=reduction)
+        assert (loss > 0).all()
+    alone = fusedloss.binary_cross_entropy_with_logits(x[:1], y[:1])
+    torch.testing.assert_close(alone.item(), 2.0611536e-09, rtol=oracle.TOLERANCES[dtype].relative, atol=0)
+
+
+@CASES
+def test_second_backward_adds_the_same_gradient(case, device):
+    tensors, keywords = draw(case, (4, 40), torch.float32, device)
+    x = tensors[0].requires_grad_()
+    loss = case.ours(x, *tensors[1:], **keywords)
+    loss.sum().backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.sum().backward()
+    assert once.any() and torch.equal(x.grad, 2 * once)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@CASES
+def test_arguments_are_not_overwritten(case, grad, device):
+    """Data and version counters, ignored rows among them."""
+    tensors, keywords = draw(case, (4, 40), torch.float32, device)
+    everything = [*tensors, *(v for v in keywords.values() if isinstance(v, torch.Tensor))]
+    before = [(t.clone(), t._version) for t in everything]
+    with torch.set_grad_enabled(grad):
+        if grad:
+            oracle.value_and_gradients(case.ours, tensors, keywords, case.differentiable)
+        else:
+            case.ours(*tensors, **keywords)
+    for t, (data, version) in zip(everything, before, strict=True):
+        assert torch.equal(t, data) and t._version == version
+
+
+@CASES
+def test_input_that_a_sigmoid_saved(case, device):
+    """sigmoid's own backward reads its output: whoever overwrites it makes that gradient wrong."""
+    tensors, keywords = draw(case, (4, 40), torch.float32, device)
+    w = normal(4, 40, device=device).requires_grad_()
+    x = torch.sigmoid(w)
+    loss = case.ours(x, *tensors[1:], **keywords)
+    upstream = torch.rand_like(loss) + 0.5
+    dw = gradient((loss * upstream).sum(), w)
+    _, _, (dx, *_) = oracle.exact(
+        getattr(oracle, case.loss), (x.detach(), *tensors[1:]), keywords, 1, upstream
+    )
+    exact = x.detach().double()
+    oracle.assert_close(dw, dx * exact * (1 - exact), factor=4.0)
+
+
+@CASES
+def test_last_stride_is_not_one(case, device):
+    tensors, keywords = draw(case, (3, 40), torch.float32, device, "strided")
+    assert tensors[0].stride(-1) == 2
+    compare(case.loss, tensors, case.differentiable, factor=2.0, **keywords)
+
+
+@CASES
+def test_expanded_target(case, device):
+    tensors, keywords = draw(case, (5, 33), torch.float32, device, "expanded")
+    if len(tensors) == 1:
+        tensors = [tensors[0][:1].expand(5, 33)]
+    assert tensors[-1].stride(0) == 0
+    compare(case.loss, tensors, case.differentiable, factor=2.0, **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bfloat16_target_that_is_a_logarithm(dtype, device):
+    x = torch.log_softmax(normal(4, 40, device=device), 1).to(dtype)
+    t = torch.log_softmax(normal(4, 40, device=device), 1).bfloat16()
+    loss, _ = compare("kl_div", (x, t), 2, reduction="batchmean", log_target=True)
+    assert loss.dtype == torch.promote_types(dtype, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shapes", [((4, 33), (33,)), ((4, 33), (4, 1)), ((1, 33), (4, 33))], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean"])
+def test_target_broadcast_against_the_input(shapes, reduction, device):
+    x = torch.log_softmax(normal(*shapes[0], device=device), -1)
+    t = torch.softmax(normal(*shapes[1], device=device), -1) * 0.9
+    compare("kl_div", (x, t), 2, reduction=reduction, factor=2.0)
+
+
+@pytest.mark.parametrize("shape", [(33,), (4, 1), (1, 1), (4, 33)], ids=str)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_weight_broadcast_against_the_input(name, shape, reduction, device):
+    x, y = normal(4, 33, device=device), torch.rand(4, 33, device=device)
+    more = {name: torch.rand(shape, device=device) + 0.5, "reduction": reduction}
+    compare("binary_cross_entropy_with_logits", (x, y), 2, **more)
+
+
+FAR = 2**31 + 64
+
+
+def far_apart(like, strides):
+    """The values of `like` in memory that is otherwise untouched, so that it costs addresses only."""
+    try:
+        room = like.new_empty(sum((n - 1) * s for n, s in zip(like.shape, strides, strict=True)) + 1)
+    except RuntimeError:
+        pytest.skip("not enough address space")
+    return room.as_strided(like.shape, strides).copy_(like)
+
+
+@CASES
+@KERNELS
+def test_rows_more_than_two_to_the_31_elements_apart(case, device):
+    tensors, keywords = draw(case, (2, 40), torch.bfloat16, device)
+    x = far_apart(tensors[0], (FAR, 1))
+    check(case, (x, *tensors[1:]), keywords, torch.bfloat16)
+
+
+@CASES
+@KERNELS
+def test_classes_more_than_two_to_the_31_elements_apart(case, device):
+    tensors, keywords = draw(case, (1, 2, 8), torch.bfloat16, device)
+    x = far_apart(tensors[0], (2 * FAR, FAR, 1))
+    check(case, (x, *tensors[1:]), keywords, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name", ["binary_cross_entropy_with_logits", "cross_entropy", "kl_div", "entropy_with_logits"]
+)
+def test_mean_whose_sum_overflows_float16(name, device):
+    rows = 4100 if name != "binary_cross_entropy_with_logits" else 32
+    x = torch.zeros(rows, 64, device=device, dtype=torch.float16)
+    if name == "entropy_with_logits":
+        rows = 32_000
+        x = torch.zeros(rows, 8, device=device, dtype=torch.float16)
+        arguments, each = (x,), 2.0794415
+    elif name == "cross_entropy":
+        x[:, 1] = 40.0
+        arguments, each = (x, torch.zeros(rows, dtype=torch.int64, device=device)), 40.0
+    elif name == "kl_div":
+        arguments, each = (x - 30.0, torch.ones_like(x)), 30.0
+    else:
+        arguments, each = (x + 50.0, x), 50.0
+    mean = getattr(fusedloss, name)(*arguments, reduction="mean")
+    total = getattr(fusedloss, name)(*arguments, reduction="sum")
+    assert mean.dtype is torch.float16 and abs(mean.item() - each) <= each * 2.0**-11
+    assert total == INFINITY
+
+
+def test_gradient_accumulation_with_a_mean_over_kept_tokens(device):
+    """sum(loss) / kept, over batches with different numbers of ignored tokens, is the mean over all."""
+    x = normal(8, 40, device=device).requires_grad_()
+    y = labels(8, 40, device)
+    y[[0, 1, 2, 6]] = -100
+    whole = gradient(fusedloss.cross_entropy(x, y), x)
+    kept = (y != -100).sum()
+    for part in (slice(0, 4), slice(4, 8)):
+        (fusedloss.cross_entropy(x[part], y[part], reduction="sum") / kept).backward()
+    torch.testing.assert_close(x.grad, whole, rtol=1e-6, atol=0)
+    oracle.assert_close(whole, gradient(oracle.cross_entropy(x, y), x))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in testing.CASES if c.loss != "binary_cross_entropy"], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_autocast(case, reduction, device):
+    """The loss in float32, the gradient in the input's dtype, and no rounding between."""
+    if reduction not in case.reductions:
+        pytest.skip("this loss is always reduced")
+    tensors, keywords = draw(case, (5, 33), torch.bfloat16, device)
+    keywords["reduction"] = reduction
+    with torch.autocast(device.type, torch.bfloat16):
+        loss, upstream, gradients = oracle.value_and_gradients(case.ours, tensors, keywords, 1)
+    expected, _, expected_gradients = oracle.exact(getattr(oracle, case.loss), tensors, keywords, 1, upstream)
+    assert loss.dtype is torch.float32 and gradients[0].dtype is torch.bfloat16
+    oracle.assert_close(loss, expected, factor=2.0)
+    oracle.assert_close(gradients[0], expected_gradients[0])
+
+
+# what holds for every call of the kernels
+
+
+@KERNELS
+@CASES
+def test_same_bits_on_every_run(case, device):
+    tensors, keywords = draw(case, (3, 1500), torch.float32, device)
+    upstream = None
+    runs = []
+    for _ in range(2):
+        loss, upstream, gradients = oracle.value_and_gradients(
+            case.ours, tensors, keywords, case.differentiable, upstream
+        )
+        runs.append((loss, *gradients))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+@KERNELS
+@pytest.mark.parametrize("cols", [16, 96, 512, 4104, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy/index", "cross_entropy/probabilities+weight", "cross_entropy/z_loss",
+                                  "nll_loss/weight", "entropy/plain", "entropy_with_logits/plain",
+                                  "kl_div_with_logits/temperature"])  # fmt: skip
+def test_a_row_has_the_same_bits_in_any_batch(name, dtype, cols, device):
+    case = testing.case(name)
+    rows = 3 if cols > 1000 else 21
+    tensors, keywords = draw(case, (rows, cols), dtype, device)
+    keywords["reduction"] = case.reductions[0]
+    if keywords["reduction"] == "mean":  # always reduced: the rows' gradients are compared
+        keywords["reduction"] = "sum"
+    whole = oracle.value_and_gradients(case.ours, tensors, keywords, case.differentiable)
+    unreduced = whole[0].dim() > 0
+    for row in (0, rows // 2, rows - 1):
+        alone = [t[row : row + 1] for t in tensors]
+        upstream = whole[1][row : row + 1] if unreduced else whole[1]
+        loss, _, gradients = oracle.value_and_gradients(
+            case.ours, alone, keywords, case.differentiable, upstream
+        )
+        if unreduced:
+            assert torch.equal(loss[0], whole[0][row])
+        for one, all_rows in zip(gradients, whole[2], strict=True):
+            assert torch.equal(one[0], all_rows[row])
+
+
+def test_an_access_out_of_bounds_is_seen(out_of_bounds):
+    """The guard under every test here: a kernel that is told a size too large is caught."""
+    from fusedloss.kernels.launch import launch
+    from fusedloss.kernels.reduce import sum_kernel
+
+    out, parts = torch.zeros(()), torch.zeros(8)
+    run = lambda n: launch(
+        sum_kernel, (1,), out, parts, scalars=dict(n=n, scale=1.0), constants=dict(BLOCK=16), num_warps=4
+    )
+    run(8)
+    with pytest.raises(out_of_bounds, match="out of bounds"):
+        run(9)

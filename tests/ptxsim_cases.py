@@ -1,0 +1,83 @@
+"""Run the compiled kernels of every case in a simulator, and compare with the oracle.
+
+Not collected by pytest: it needs the package `ptxsim`, which executes Triton's PTX on CPU tensors, with its
+checks for accesses out of bounds and reads of memory that nothing wrote. Run it as a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import ptxsim
+import torch
+
+from fusedloss import use
+from fusedloss.testing import CASES, Case
+
+# short rows in tiles; a row of several blocks with a head, a tail and edges; positions apart
+SHAPES = {"tile": (5, 10), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5)}
+
+
+def load_oracle():
+    spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["oracle"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(case: Case, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, oracle) -> int:
+    """Launches made; raises where a value or a gradient is off."""
+    tensors, keywords = case.make_inputs(shape, dtype, "cpu")
+    keywords = {**keywords, "reduction": reduction}
+    with ptxsim.simulate(arch=90, sectors=False, check_uninit=True) as simulation, use("triton"):
+        found = oracle.value_and_gradients(case.ours, tensors, keywords, case.differentiable)
+        launched = len(simulation.launches)
+    loss, upstream, gradients = found
+    expected, _, exact = oracle.exact(
+        getattr(oracle, case.loss), tensors, keywords, case.differentiable, upstream
+    )
+    oracle.assert_close(loss, expected)
+    for gradient, e in zip(gradients, exact, strict=True):
+        oracle.assert_close(gradient, e)
+    return launched
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--all", action="store_true", help="every dtype, shape and reduction")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="reduction: 'mean' divides")
+    oracle = load_oracle()
+    passed, failed, launches = 0, 0, 0
+    for case in CASES:
+        if options.cases not in case.name:
+            continue
+        torch.manual_seed(3)
+        for k, (kind, shape) in enumerate(SHAPES.items()):
+            if len(shape) > 2 and case.loss in ("kl_div_with_logits", "entropy", "entropy_with_logits"):
+                continue  # their dimension is the last: no class dimension in the middle
+            for dtype in (torch.bfloat16, torch.float32, torch.float16)[: 3 if options.all else 2]:
+                reductions = case.reductions if options.all else (case.reductions[k % len(case.reductions)],)
+                for reduction in reductions:
+                    name = f"{case.name} {kind} {dtype} {reduction}"
+                    try:
+                        made = run(case, shape, dtype, reduction, oracle)
+                        if not made:
+                            raise AssertionError("nothing was launched")
+                        launches, passed = launches + made, passed + 1
+                    except Exception as error:
+                        failed += 1
+                        print(f"FAILED {name}: {type(error).__name__}: {str(error)[:300]}")
+    print(f"{launches} launches simulated")
+    print(f"simulator: {passed} passed, {failed} failed")
+    return int(failed > 0 or passed == 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
