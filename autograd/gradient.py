@@ -39,8 +39,8 @@ class Gradient(torch.autograd.Function):
                 torch.autograd.grad(
                     [f for f, _ in pairs], wanted, [u for _, u in pairs],
                     create_graph=again, allow_unused=True,
-                )  # fmt: skip
-            )
+                )
+            )  # fmt: skip
         return (None, None, *[next(seconds) if a else None for a in asked])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
 
 import torch
-from torch.utils.benchmark import Timer
 
 Times = tuple[float, float, float]  # ms: median, 20 % and 80 % quantiles
 
 
 class CPU:
-    device, shape, seconds = "cpu", (1024, 8192), 150.0
+    device, shape, seconds = "cpu", (512, 10000), 180.0
     note = "No GPU was timed: these are times of the CPU path (the reference)."
 
     def __init__(self) -> None:
@@ -31,16 +31,14 @@ class CPU:
 
     def times(self, calls: dict[Any, Callable], seconds: float) -> dict[Any, Times]:
         """Interleaved, so that a busy neighbour slows all of them and the ratios stay."""
-        timers = {key: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-                  for key, f in calls.items()}  # fmt: skip
-        number = {key: _repeats(t.timeit(1).mean) for key, t in timers.items()}
+        number = {key: _repeats(min(timeit.repeat(f, number=1, repeat=2))) for key, f in calls.items()}
         samples: dict[Any, list[float]] = {key: [] for key in calls}
         end = time.monotonic() + seconds
         rounds = 0
         while rounds < 3 or (rounds < 50 and time.monotonic() < end):
             rounds += 1
-            for key, timer in timers.items():
-                mean = timer.timeit(number[key]).mean
+            for key, call in calls.items():
+                mean = timeit.timeit(call, number=number[key]) / number[key]
                 samples[key].append(mean * 1e3)
                 number[key] = _repeats(mean)
         return {key: _quantiles(s) for key, s in samples.items()}

@@ -38,7 +38,8 @@ def table(report: dict[str, Any]) -> Table:
     for (case, name), r in of.items():
         if shown not in (None, case):
             out.add_row()
-        first, shown, style = case if case != shown else "", case, "bold" if name == OURS else None
+        first = "" if case == shown else case.replace("binary_cross_entropy", "bce")
+        shown, style = case, "bold" if name == OURS else None
         if "ms" not in r:
             out.add_row(first, name, f"[red]{r['verdict'].split(':')[0]}", style=style)
             continue

@@ -130,13 +130,16 @@ def run(args: Any, host: Any, console: Console, shape: tuple[int, int], compiled
         copy_gbs=copy_gbs(host), results=[], left_out=[],
     )  # fmt: skip
     end = time.monotonic() + seconds
-    for i, case in track([*enumerate(cases)], f"{shape[0]} x {shape[1]} {args.dtype}", console=console):
+    variant = lambda c: [other.loss for other in cases].index(c.loss) - cases.index(c)
+    ordered = sorted(cases, key=variant, reverse=True)  # every loss first, then the variants, while time lasts
+    for i, case in track([*enumerate(ordered)], f"{shape[0]} x {shape[1]} {args.dtype}", console=console):
         now = time.monotonic()
         if now > end:
             report["left_out"].append(case.name)
             continue
         share = now + (end - now) / (len(cases) - i)
         report["results"] += run_case(case, host, shape, dtype, case.name in compiled, share)
+    report["results"].sort(key=lambda r: [case.name for case in cases].index(r["case"]))
     console.print(plot.table(report))
     for r in report["results"]:
         if r["verdict"]:

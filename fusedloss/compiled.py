@@ -94,7 +94,7 @@ def source(launch: Any) -> Any:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if name.endswith("_stride") and value % 16 == 0:
                 divisible.append((i,))
-    signature.update({name: "constexpr" for name in launch.constants})
+    signature.update(dict.fromkeys(launch.constants, "constexpr"))
     attributes = {i: [["tt.divisibility", 16]] for i in divisible}
     return ASTSource(launch.kernel, signature, constants, attributes)
 
@@ -153,7 +153,9 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
 
 def _read_amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
-    lines, labels, jumps = [], {}, []
+    lines: list[_Line] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, int]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(lines)
@@ -161,7 +163,7 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
             if (to := re.search(r"(\.L\w+)", found[2])) and to[1] in labels:
                 jumps.append((labels[to[1]], len(lines)))
             lines.append(_Line(found[1], found[2], len(lines)))
-    number = lambda key: int(found[1]) if (found := re.search(rf"\.{key}:\s+(\d+)", text)) else 0
+    number = lambda key: int(value[1]) if (value := re.search(rf"\.{key}:\s+(\d+)", text)) else 0
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return dict(registers=number("vgpr_count"), spills=spills, **_counts(lines, jumps))
 

@@ -4,7 +4,7 @@ q = w (keep t + shift) for class probabilities t; for a label y it is w_y keep a
 everywhere (keep = 1 - label smoothing, shift = label smoothing / C). dx = P softmax(x) - g q with
 P = g sum(q) + 2 z g lse. All in logits shifted by the row's maximum and scaled by log2(e).
 
-Saved a row: m and s (rowwise.py), and b = sum(q) without the label's own part. A label is left out of s:
+Saved a row: m and s (logsumexp.py), and b = sum(q) without the label's own part. A label is left out of s:
 its part of the loss is softplus(lse of the others - x_y), which a confident label does not round to 0.
 """
 
@@ -14,16 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .labels import load_label, load_label_logit, meet_label
 from .launch import kernel, launch
 from .layout import vector
-from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, sigmoid, softplus, tanh
+from .logsumexp import lse_join, lse_meet, lse_start, lse_update
+from .numerics import LN2, LOWEST, log_sum, scale2, sigmoid, softplus, tanh
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    EDGE, FILL, at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, lse_join, lse_meet,
-    lse_start, lse_update, masked_col, restore, row_walk, rows_at, schedule, store_block,
-    stride_scalars, total,
+    EDGE, at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
+    rows_at, schedule, store_block, total,
 )  # fmt: skip
+from .tiling import row_walk, stride_scalars
 
 
 @triton.jit
@@ -64,43 +66,10 @@ def load_others(x_from, q_from, col, lane, bounds, is_label, DENSE: tl.constexpr
     return x, q
 
 
-@triton.jit
-def load_label(target_ptr, weight_ptr, at, live, n_cols, ignore_index, WEIGHT: tl.constexpr):
-    """(label, w_label, kept): a row with ignore_index is not kept; any other label out of range
-    weighs NaN. The label is -1 where there is none."""
-    label = tl.load(target_ptr + at, mask=live, other=0).to(tl.int64)
-    kept = live & (label != ignore_index)
-    valid = (label >= 0) & (label < n_cols)
-    label = tl.where(kept & valid, label, -1).to(tl.int32)
-    weight = tl.where(valid, 1.0, float("nan"))
-    if WEIGHT:
-        weight *= tl.load(weight_ptr + label, mask=label >= 0, other=1.0).to(tl.float32)
-    return label, tl.where(kept, weight, 0.0), kept
-
-
-@triton.jit
-def load_label_logit(x_ptr, x_at, label, class_stride, softcap, CAP: tl.constexpr):
-    x = tl.load(x_ptr + x_at + label.to(tl.int64) * class_stride, mask=label >= 0, other=0.0).to(tl.float32)
-    if CAP:
-        x = softcap * tanh(x / softcap)
-    return x
-
-
-@triton.jit
-def meet_label(x_y, m, s):
-    """From a label's logit and the others' (m, s): its scaled and shifted logit u_y, z = lse of the
-    others - x_y (NaN for a logit of +inf), and the row's lse: less m, and as it is."""
-    u_y = scale2(x_y, m)
-    others = log_sum(s)
-    z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
-    lse = tl.maximum(others, u_y * LN2) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
-    return u_y, z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
-
-
 @kernel
 def cross_entropy_forward_kernel(
     loss_ptr, z_ptr, m_ptr, s_ptr, b_ptr, x_ptr, target_ptr, weight_ptr,
-    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap,
+    inner, n_cols, ignore_index, keep, shift, z_factor, softcap,
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
     REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
@@ -279,33 +248,35 @@ def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
     )
 
 
+def _targets(walk, target):
+    """The target a launch reads, and its strides: probabilities walk with the logits, labels a row."""
+    if target.is_floating_point():
+        return walk.tensors[1], walk.strides[1]
+    labels, *strides = vector(target, walk.outer, walk.inner)
+    return labels, (*strides, 0)
+
+
 def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
     loss, z, m, s, b, scale = outputs
-    dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    walk, shape, programs, placed = row_walk(dim, x, target if probs else None)
-    x, probabilities = placed
-    if probs:
-        target, target_strides = probabilities, walk.strides[1]
-    else:
-        target, *strides = vector(target, walk.outer, walk.inner)
-        target_strides = (*strides, 0)
-    reduce = reduction != NONE
-    parts = x.new_empty((4, programs), dtype=torch.float32) if reduce else loss
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None)
+    target, target_strides = _targets(walk, target)
+    parts = x.new_empty((4, walk.programs), dtype=torch.float32) if reduce else loss
     launch(
-        cross_entropy_forward_kernel, (programs,), parts, z, m, s, b, x, target, weight,
+        cross_entropy_forward_kernel, (walk.programs,), parts, z, m, s, b, walk.tensors[0], target, weight,
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner, ignore_index=ignore_index,
+            inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
             **_options(walk.cols, label_smoothing, z_loss, softcap),
             **stride_scalars(("x", walk.strides[0]), ("target", target_strides)),
         ),
         constants=dict(
             PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
-            CAP=softcap != 0.0, REDUCE=reduce, **shape.constants,
+            CAP=softcap != 0.0, REDUCE=reduce, **walk.shape.constants,
         ),
-        num_warps=shape.num_warps,
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
         reduce_means(loss, z, scale, parts, z_loss != 0.0, reduction == MEAN)
@@ -316,20 +287,14 @@ def cross_entropy_backward(
     ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
 ):  # fmt: skip
     dx, dt = outputs[0], outputs[1] if target_grad else None
-    dim, probs = min(1, x.dim() - 1), target.is_floating_point()
+    probs = target.is_floating_point()
     weight = None if weight is None else weight.contiguous()
-    walk, shape, programs, placed = row_walk(dim, x, target if probs else None, dx, dt)
-    x, probabilities = placed[:2]
-    if probs:
-        target, target_strides = probabilities, walk.strides[1]
-    else:
-        target, *strides = vector(target, walk.outer, walk.inner)
-        target_strides = (*strides, 0)
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt)
+    target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
-    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
     launch(
-        cross_entropy_backward_kernel, (programs, chunks),
-        *placed[2:], dloss, scale, m, s, b, x, target, weight,
+        cross_entropy_backward_kernel, (walk.programs, walk.chunks),
+        *walk.tensors[2:], dloss, scale, m, s, b, walk.tensors[0], target, weight,
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
             **_options(walk.cols, label_smoothing, z_loss, softcap),
@@ -341,8 +306,8 @@ def cross_entropy_backward(
         ),
         constants=dict(
             PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
-            CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad, **shape.constants,
+            CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad, **walk.shape.constants,
         ),
-        num_warps=shape.num_warps,
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
-    restore(placed[2:], [dx, dt])
+    walk.restore(2, dx, dt)

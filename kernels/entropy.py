@@ -32,10 +32,9 @@ def entropy_tile(row_tiles, chunks, ROWS: tl.constexpr):
 def entropy_at(row, trip, n_inner, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Tile number `trip` of the rows from `row`, as elementwise.load takes it."""
     start = trip.to(tl.int64) * BLOCK
-    rows = row + tl.arange(0, ROWS)[:, None]
-    lanes = tl.arange(0, BLOCK)[None, :]
     whole = (row + ROWS <= n_inner) & (start + BLOCK <= n_cols)
-    return rows, start, lanes, (rows < n_inner) & (start + lanes < n_cols), whole
+    rows, cols = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    return rows, cols, row, start, n_inner, n_cols, whole, False
 
 
 @kernel

@@ -16,9 +16,10 @@ from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2,
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
-    restore, row_walk, rows_at, schedule, store_block, stride_scalars, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, row_max,
+    row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
+from .tiling import row_walk, stride_scalars
 
 
 @triton.jit
@@ -26,17 +27,6 @@ def load_x(source, col, lane, bounds, HINT: tl.constexpr):
     """A block of logits in float32, -inf beyond the bounds (None: all is within)."""
     x_ptr, x_at, class_stride = source
     return load_run(x_ptr, x_at, col, lane, class_stride, bounds, HINT, -float("inf"))
-
-
-@triton.jit
-def row_max(v):
-    """Lanes [ROWS, T] to rows [ROWS], or to a scalar where there is one row."""
-    return tl.max(v, 1) if v.shape[0] > 1 else tl.max(v)
-
-
-@triton.jit
-def row_sum(v):
-    return tl.sum(v, 1) if v.shape[0] > 1 else tl.sum(v)
 
 
 @triton.jit
@@ -97,7 +87,7 @@ def entropy_with_logits_forward_kernel(
         x = load_x(x_from, col, lane, (live, plan[0], plan[1]), HINT)
         state = entropy_update(x, state, U, T, V)
     m, s, a = entropy_join(state)
-    if ROWS == 1 and HINT > 1:
+    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)
         x = load_x(x_from, 0, edge, (live, 0, n_cols), 1)
         edges = entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1))
@@ -165,19 +155,9 @@ def entropy_with_logits_backward_kernel(
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
             put_gradient(to, x_from, col, lane, (live, plan[0], plan[1]), values, HINT)
-        if ROWS == 1 and HINT > 1:
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
             put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
-
-
-def narrow_row_walk(dim: int, *tensors: torch.Tensor | None, loads: int = 4):
-    """row_walk in smaller tiles, as these sums take more registers; at most `loads` a thread in long rows."""
-    walk, shape, _, placed = row_walk(dim, *tensors)
-    if shape.ROWS > 2:
-        shape = shape._replace(ROWS=shape.ROWS // 4)
-    elif shape.ROWS == 1:
-        shape = shape._replace(U=min(shape.U, loads))
-    return walk, shape, walk.outer * triton.cdiv(walk.inner, shape.ROWS), placed
 
 
 def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
@@ -186,34 +166,33 @@ def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
 
 def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
     loss, stats = outputs
-    walk, shape, programs, placed = narrow_row_walk(dim, x)
+    walk = row_walk(dim, x, narrow=4, loads=2)
     reduce = reduction != NONE
-    parts = x.new_empty(programs, dtype=torch.float32) if reduce else loss
+    parts = x.new_empty(walk.programs, dtype=torch.float32) if reduce else loss
     launch(
-        entropy_with_logits_forward_kernel, (programs,), parts, stats, *placed,
+        entropy_with_logits_forward_kernel, (walk.programs,), parts, stats, *walk.tensors,
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
-            **stride_scalars(("x", walk.strides[0])),
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, **stride_scalars(("x", walk.strides[0]))
         ),
-        constants=dict(REDUCE=reduce, **shape.constants),
-        num_warps=shape.num_warps,
+        constants=dict(REDUCE=reduce, **walk.shape.constants),
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
         reduce_sum(loss, parts, _scale(x, dim, reduction))
 
 
 def entropy_with_logits_backward(dx, dloss, x, stats, dim, reduction):
-    walk, shape, programs, placed = narrow_row_walk(dim, x, dx)
+    walk = row_walk(dim, x, dx, narrow=4)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
-    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
     launch(
-        entropy_with_logits_backward_kernel, (programs, chunks), placed[1], dloss, stats, placed[0],
+        entropy_with_logits_backward_kernel, (walk.programs, walk.chunks),
+        walk.tensors[1], dloss, stats, walk.tensors[0],
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
             scale=_scale(x, dim, reduction), dloss_outer=dloss_outer, dloss_inner=dloss_inner,
             **stride_scalars(("dx", walk.strides[1]), ("x", walk.strides[0])),
         ),
-        constants=dict(REDUCE=reduction != NONE, **shape.constants),
-        num_warps=shape.num_warps,
+        constants=dict(REDUCE=reduction != NONE, **walk.shape.constants),
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
-    restore(placed[1:], [dx])
+    walk.restore(1, dx)

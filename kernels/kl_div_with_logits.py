@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .entropy_with_logits import narrow_row_walk, row_max, row_sum
 from .launch import kernel, launch
 from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
-    restore, rows_at, schedule, store_block, stride_scalars, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, row_max,
+    row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
+from .tiling import row_walk, stride_scalars
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def kl_div_with_logits_forward_kernel(
         pair = load_pair(pair_from, col, lane, (live, plan[0], plan[1]), HINT)
         state = kl_update(pair, factor, state, U, T, V)
     state = kl_join(state)
-    if ROWS == 1 and HINT > 1:
+    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)
         pair = load_pair(pair_from, 0, edge, (live, 0, n_cols), 1)
         state = kl_meet(state, kl_join(kl_update(pair, factor, kl_start(1, EDGE), 1, EDGE, 1)))
@@ -177,7 +177,7 @@ def kl_div_with_logits_backward_kernel(
             col = masked_col(i, plan, BLOCK)
             put_gradients(to, pair_from, factor, col, lane, (live, plan[0], plan[1]), values,
                           FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1:
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
             put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
                           FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
@@ -194,18 +194,17 @@ def _sides(x, target, reverse: bool):
 
 def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, reduction, dtype):
     loss, stats = outputs
-    walk, shape, programs, placed = narrow_row_walk(dim, x, target, loads=2)
+    walk = row_walk(dim, x, target, narrow=4, loads=2)
     strides = _sides(*walk.strides, reverse)
-    parts = x.new_empty(programs, dtype=torch.float32)
+    parts = x.new_empty(walk.programs, dtype=torch.float32)
     launch(
-        kl_div_with_logits_forward_kernel, (programs,), parts, stats, *_sides(*placed, reverse),
+        kl_div_with_logits_forward_kernel, (walk.programs,), parts, stats, *_sides(*walk.tensors, reverse),
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
-            factor=LOG2E.value / temperature,
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, factor=LOG2E.value / temperature,
             **stride_scalars(("first", strides[0]), ("second", strides[1])),
         ),
-        constants=shape.constants,
-        num_warps=shape.num_warps,
+        constants=walk.shape.constants,
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
     reduce_sum(loss, parts, temperature * temperature * _scale(x, reduction))
 
@@ -214,21 +213,20 @@ def kl_div_with_logits_backward(
     outputs, dloss, x, target, stats, dim, temperature, reverse, reduction, input_grad, target_grad
 ):
     wanted = [outputs[0] if input_grad else None, outputs[1] if target_grad else None]
-    walk, shape, programs, placed = narrow_row_walk(dim, x, target, *wanted, loads=2)
+    walk = row_walk(dim, x, target, *wanted, narrow=4, loads=2)
     strides = [*_sides(*walk.strides[2:], reverse), *_sides(*walk.strides[:2], reverse)]
-    grads = _sides(*placed[2:], reverse)
-    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
+    grads = _sides(*walk.tensors[2:], reverse)
     launch(
-        kl_div_with_logits_backward_kernel, (programs, chunks),
-        *grads, dloss, stats, *_sides(*placed[:2], reverse),
+        kl_div_with_logits_backward_kernel, (walk.programs, walk.chunks),
+        *grads, dloss, stats, *_sides(*walk.tensors[:2], reverse),
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.outer * walk.inner,
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
             factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
             **stride_scalars(*zip(("d1", "d2", "first", "second"), strides, strict=True)),
         ),
         constants=dict(
-            FIRST_GRAD=grads[0] is not None, SECOND_GRAD=grads[1] is not None, **shape.constants
+            FIRST_GRAD=grads[0] is not None, SECOND_GRAD=grads[1] is not None, **walk.shape.constants
         ),
-        num_warps=shape.num_warps,
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
-    restore(placed[2:], wanted)
+    walk.restore(2, *wanted)

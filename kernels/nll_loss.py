@@ -10,15 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .cross_entropy import load_label
+from .labels import load_label
 from .launch import kernel, launch
 from .layout import rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    FILL, block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, restore, row_walk,
-    rows_at, schedule, store_block, stride_scalars,
+    block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, rows_at, schedule,
+    store_block,
 )  # fmt: skip
+from .tiling import row_walk, stride_scalars
 
 GATHER = 256  # rows a program gathers
 
@@ -90,7 +91,7 @@ def nll_loss_backward_kernel(
         for i in range(plan[5]):
             col = masked_col(i, plan, BLOCK)
             put_gradient(to, col, lane, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)
-        if ROWS == 1 and HINT > 1:
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
             put_gradient(to, 0, edge, (live, 0, n_cols), labels, dy, rest, True, 1)
 
@@ -122,18 +123,17 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
 
 def nll_loss_backward(dx, dloss, x, target, weight, scale, ignore_index, reduction):
     weight = None if weight is None else weight.contiguous()
-    walk, shape, programs, placed = row_walk(min(1, dx.dim() - 1), dx)
+    walk = row_walk(min(1, dx.dim() - 1), dx)
     target, *target_strides = vector(target, walk.outer, walk.inner)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
-    chunks = 1 if shape.ROWS > 1 else max(1, min(walk.cols // shape.block // 4, FILL // programs))
     launch(
-        nll_loss_backward_kernel, (programs, chunks), *placed, dloss, scale, target, weight,
+        nll_loss_backward_kernel, (walk.programs, walk.chunks), *walk.tensors, dloss, scale, target, weight,
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
             dloss_outer=dloss_outer, dloss_inner=dloss_inner, **stride_scalars(("dx", walk.strides[0])),
             target_outer=target_strides[0], target_inner=target_strides[1],
         ),
-        constants=dict(WEIGHT=weight is not None, REDUCE=reduction != NONE, **shape.constants),
-        num_warps=shape.num_warps,
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduction != NONE, **walk.shape.constants),
+        num_warps=walk.shape.num_warps,
     )  # fmt: skip
-    restore(placed, [dx])
+    walk.restore(0, dx)

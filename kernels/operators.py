@@ -32,7 +32,7 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedloss::{name}", allocate, lib=LIBRARY)
-        return getattr(getattr(torch.ops.fusedloss, name), "default")
+        return getattr(torch.ops.fusedloss, name).default
 
     return register
 

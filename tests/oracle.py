@@ -40,16 +40,15 @@ def scale_of(expected: Tensor) -> float:
     return float(finite.kthvalue(max(1, round(0.99 * finite.numel()))).values)
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.0, absolute: float = 0.0) -> None:
     """`actual` against float64; infinities and NaN where `expected` has them, and nowhere else.
 
-    A value beyond what the dtype holds is infinite. `dtype` is that of the arithmetic where it is coarser
-    than the result's; `factor` multiplies the tolerance."""
-    relative, floor = TOLERANCES[dtype or actual.dtype]
+    A value beyond what the dtype holds is infinite. `factor` multiplies the tolerance, `absolute` adds to it."""
+    relative, floor = TOLERANCES[actual.dtype]
     assert actual.shape == expected.shape
     actual_dtype, actual = actual.dtype, actual.detach().double().cpu()
     expected = expected.detach().double().cpu()
-    allowed = factor * (relative * expected.abs() + floor * scale_of(expected) + 1e-37)
+    allowed = factor * (relative * expected.abs() + floor * scale_of(expected) + 1e-37) + absolute
     if actual_dtype is torch.float16:
         allowed += 0.51 * SMALLEST_HALF
     limit = torch.finfo(actual_dtype).max

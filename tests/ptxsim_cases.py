@@ -55,14 +55,18 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides")
     oracle = load_oracle()
     passed, failed, launches = 0, 0, 0
-    for case in CASES:
+    for number, case in enumerate(CASES):
         if options.cases not in case.name:
             continue
         torch.manual_seed(3)
+        print(case.name, flush=True)
         for k, (kind, shape) in enumerate(SHAPES.items()):
+            if kind != "long" and not options.all and not options.cases and k != (0, 1, 3)[number % 3]:
+                continue  # each new kernel costs seconds of C compiler
             if len(shape) > 2 and case.loss in ("kl_div_with_logits", "entropy", "entropy_with_logits"):
                 continue  # their dimension is the last: no class dimension in the middle
-            for dtype in (torch.bfloat16, torch.float32, torch.float16)[: 3 if options.all else 2]:
+            dtypes = (torch.bfloat16, torch.float32, torch.float16)
+            for dtype in dtypes if options.all else (dtypes[(number + k) % 2],):
                 reductions = case.reductions if options.all else (case.reductions[k % len(case.reductions)],)
                 for reduction in reductions:
                     name = f"{case.name} {kind} {dtype} {reduction}"

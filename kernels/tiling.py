@@ -1,0 +1,112 @@
+"""Host side of the losses over rows: the size classes, and how a launch covers its tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .layout import Rows, rows
+
+FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
+VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
+
+
+class Tiling(NamedTuple):
+    """The compile-time sizes of a row's class, and the warps of a program."""
+
+    ROWS: int
+    U: int
+    T: int
+    V: int
+    HINT: int
+    num_warps: int
+
+    @property
+    def block(self) -> int:
+        return self.U * self.T * self.V
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return dict(ROWS=self.ROWS, U=self.U, T=self.T, V=self.V, HINT=self.HINT)
+
+
+def tiling(walk: Rows, element_size: int, on_16_bytes: bool) -> Tiling:
+    """Four classes by row length: to 16, to 128, to 1024 where rows are aligned, and longer.
+
+    Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT is
+    the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
+    v = 16 // element_size
+    if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
+        return Tiling(256, 4, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, 4, 8, 1, 1, 4)
+    first = walk.strides[0]
+    together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
+    aligned = together and walk.cols % VECTOR == first[0] % VECTOR == first[1] % VECTOR == 0
+    if walk.cols <= 16:
+        return Tiling(128, 1, 16, 1, 1, 4)
+    if walk.cols <= 128:
+        return Tiling(16, 1, 128, 1, 1, 4)
+    if walk.cols <= 1024 and aligned:
+        return Tiling(2, 1, 1024 // v, v, VECTOR, 4)
+    return Tiling(1, 4, 128, v, VECTOR if together else 1, 4)
+
+
+class Walk(NamedTuple):
+    """How a launch covers the rows of its tensors (in their order; copies of those that no common walk
+    fits), and for each tensor (outer, inner, class) strides."""
+
+    outer: int
+    inner: int
+    cols: int
+    strides: list[tuple[int, int, int]]
+    shape: Tiling
+    tensors: list[torch.Tensor | None]
+
+    @property
+    def programs(self) -> int:
+        return self.outer * triton.cdiv(self.inner, self.shape.ROWS)
+
+    @property
+    def chunks(self) -> int:
+        """Programs a row, where each element is written apart and rows are few and long."""
+        if self.shape.ROWS > 1:
+            return 1
+        return max(1, min(self.cols // self.shape.block // 4, FILL // self.programs))
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+    def restore(self, first: int, *wanted: torch.Tensor | None) -> None:
+        """Copy outputs, tensors `first` on, that had to be computed elsewhere back to where they belong."""
+        for c, w in zip(self.tensors[first:], wanted, strict=False):
+            if w is not None and c is not w:
+                w.copy_(c)
+
+
+def row_walk(dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: int = 4) -> Walk:
+    """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
+    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows."""
+    there = [t for t in tensors if t is not None]
+    common = rows(dim, *there)
+    if common is None:
+        there = [t.contiguous() for t in there]
+        common = rows(dim, *there)
+    shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there))
+    if shape.ROWS > 2:
+        shape = shape._replace(ROWS=shape.ROWS // narrow)
+    elif shape.ROWS == 1:
+        shape = shape._replace(U=min(shape.U, loads))
+    rest, strides = iter(there), iter(common.strides)
+    placed = [None if t is None else next(rest) for t in tensors]
+    all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]
+    return Walk(common.outer, common.inner, common.cols, all_strides, shape, placed)
+
+
+def stride_scalars(*named: tuple[str, tuple[int, int, int]]) -> dict[str, int]:
+    return {
+        f"{name}_{part}": stride
+        for name, strides in named
+        for part, stride in zip(("outer", "inner", "class_stride"), strides, strict=True)
+    }
