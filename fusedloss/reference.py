@@ -112,11 +112,13 @@ def cross_entropy(
     """torch's own, of softcap tanh(x / softcap), plus z_loss lse^2; and that term apart, detached."""
     if x.dtype is not dtype and x.is_floating_point():
         x, weight = _widen_rows(x, weight, dtype)
+        target = _widen_probabilities(target, x)
     if not z_loss and not softcap:
         loss = _torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
         return (loss if loss.dtype is dtype else loss.to(dtype)), None
     if x.dtype in HALF:
         x, weight = _widen_rows(x, weight, torch.float32)
+        target = _widen_probabilities(target, x)
     if softcap:
         x = softcap * torch.tanh(x / softcap)
     loss = _torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
@@ -131,6 +133,11 @@ def _widen_rows(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> tuple[T
     if weight is not None and weight.dtype in HALF:
         weight = weight.to(wide)
     return x.to(wide), weight
+
+
+def _widen_probabilities(target: Tensor, x: Tensor) -> Tensor:
+    """Class probabilities in the dtype of logits that were widened: torch smooths and weighs them in their own."""
+    return target.to(x.dtype) if target.dtype in HALF else target
 
 
 def _z_loss(x: Tensor, target: Tensor, ignore_index: int, z_loss: float, reduction: int) -> Tensor:

@@ -7,12 +7,11 @@ log(1 - s) needs no exponent, and s >= 0 says that p is a probability. Where it 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .elementwise import NUM_WARPS, load, store, tile_at, walk
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .numerics import log, log1m_half, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
@@ -90,7 +89,7 @@ def bce_backward_kernel(
 def bce_forward(out, x, target, weight, reduction, dtype):
     reduce = reduction != NONE
     to = walk(None if reduce else out, x, target, weight)
-    parts = torch.empty(to.programs, dtype=torch.float32, device=x.device) if reduce else to.tensors[0]
+    parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),

@@ -7,12 +7,11 @@ log1p(e) is log1p(q) with q <- q + e + q e.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .elementwise import NUM_WARPS, load, store, tile_at, tile_mask, walk
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .numerics import LOG2E, log1p, log1p_unit
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
@@ -124,7 +123,7 @@ def _smoothing(label_smoothing: float) -> dict[str, float]:
 def bce_with_logits_forward(out, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
     reduce = reduction != NONE
     to = walk(None if reduce else out, x, target, weight, pos_weight)
-    parts = torch.empty(to.programs, dtype=torch.float32, device=x.device) if reduce else to.tensors[0]
+    parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_with_logits_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | _smoothing(label_smoothing)

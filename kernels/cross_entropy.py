@@ -10,12 +10,11 @@ its part of the loss is softplus(lse of the others - x_y), which a confident lab
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .labels import load_label, load_label_logit, meet_label
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .layout import vector
 from .logsumexp import lse_join, lse_meet, lse_start, lse_update
 from .numerics import LN2, LOWEST, log_sum, scale2, sigmoid, softplus, tanh
@@ -264,7 +263,7 @@ def cross_entropy_forward(
     weight = None if weight is None else weight.contiguous()
     walk = row_walk(min(1, x.dim() - 1), x, target if probs else None)
     target, target_strides = _targets(walk, target)
-    parts = x.new_empty((4, walk.programs), dtype=torch.float32) if reduce else loss
+    parts = scratch(x, 4, walk.programs) if reduce else loss
     launch(
         cross_entropy_forward_kernel, (walk.programs,), parts, z, m, s, b, walk.tensors[0], target, weight,
         scalars=dict(

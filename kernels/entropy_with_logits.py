@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .layout import vector
 from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2, spread
 from .operators import MEAN, NONE
@@ -168,7 +168,7 @@ def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
     loss, stats = outputs
     walk = row_walk(dim, x, narrow=4, loads=2)
     reduce = reduction != NONE
-    parts = x.new_empty(walk.programs, dtype=torch.float32) if reduce else loss
+    parts = scratch(x, walk.programs) if reduce else loss
     launch(
         entropy_with_logits_forward_kernel, (walk.programs,), parts, stats, *walk.tensors,
         scalars=dict(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import NUM_WARPS, load, store, tile_at, walk
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .numerics import LOG2E
 from .numerics import log, log_positive
 from .operators import BATCHMEAN, MEAN, NONE
@@ -85,7 +85,7 @@ def _scale(x: torch.Tensor, reduction: int) -> float:
 def kl_div_forward(out, x, target, log_target, reduction, dtype):
     reduce = reduction != NONE
     to = walk(None if reduce else out, x, target)
-    parts = torch.empty(to.programs, dtype=torch.float32, device=x.device) if reduce else to.tensors[0]
+    parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         kl_div_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target"),

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
@@ -196,7 +196,7 @@ def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, re
     loss, stats = outputs
     walk = row_walk(dim, x, target, narrow=4, loads=2)
     strides = _sides(*walk.strides, reverse)
-    parts = x.new_empty(walk.programs, dtype=torch.float32)
+    parts = scratch(x, walk.programs)
     launch(
         kl_div_with_logits_forward_kernel, (walk.programs,), parts, stats, *_sides(*walk.tensors, reverse),
         scalars=dict(

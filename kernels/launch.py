@@ -1,13 +1,19 @@
-"""Compile once, then launch with as little host work as Triton's own launcher allows."""
+"""Compile once, then launch with as little host work as Triton's own launcher allows.
+
+A launcher (Python that lays out tensors and chooses tiles) runs once for each layout of its arguments.
+What it launched is kept as a tape, and played from then on: `perform` is what the operators call.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
@@ -17,15 +23,24 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[Tensor | None, ...]
     scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int
 
 
+INTERPRETED = knobs.runtime.interpret  # read once: Triton reads it when it decorates
+TAPES = 4096  # kept at most; then all are dropped, as sizes seem to change with every call
 _compiled: dict[tuple, Any] = {}
+_tapes: dict[tuple, Any] = {}
 _recorder: Callable[[Launch], None] | None = None
-CACHE_KEY_TYPES = (int, float)
+_thread = threading.local()
+
+
+def hooked() -> bool:
+    """Whether a profiler wants to see launches: a chain of hooks, or one, by Triton's version."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
 def kernel(function: Callable) -> Any:
@@ -49,19 +64,92 @@ def recording() -> Iterator[list[Launch]]:
         _recorder = before
 
 
+class Tape:
+    """The launches of one launcher, with its tensors as places in (outputs, arguments, scratch)."""
+
+    def __init__(self, tensors: tuple) -> None:
+        self.tensors: list[Any] = list(tensors)
+        self.scratch: list[tuple[torch.Size, torch.dtype]] = []
+        self.launches: list[tuple] = []
+        self.playable = True
+
+    def add(self, compiled: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
+        places = []
+        for t in tensors:
+            place = next((k for k, known in enumerate(self.tensors) if known is t), None)
+            if place is None:  # a copy: what it holds is not known the next time
+                self.playable = False
+                return
+            places.append(place)
+        gx, gy, gz = (*grid, 1, 1)[:3]
+        self.launches.append(
+            (compiled.run, (gx, gy, gz), (compiled.function, compiled.packed_metadata, None, None, None),
+             tuple(places), numbers)
+        )  # fmt: skip
+
+    def play(self, tensors: tuple, stream: Any, device: torch.device) -> None:
+        if self.scratch:
+            tensors += tuple([torch.empty(n, dtype=d, device=device) for n, d in self.scratch])
+        for run, grid, fixed, places, numbers in self.launches:
+            run(*grid, stream, *fixed, *[tensors[k] for k in places], *numbers)
+
+
+def scratch(like: Tensor, *size: int) -> Tensor:
+    """Memory for partial sums: float32, beside `like`."""
+    memory = torch.empty(size, dtype=torch.float32, device=like.device)
+    tape = getattr(_thread, "tape", None)
+    if tape is not None:
+        tape.tensors.append(memory)
+        tape.scratch.append((memory.shape, memory.dtype))
+    return memory
+
+
+def perform(launcher: Callable, outputs: Any, arguments: tuple) -> None:
+    """launcher(outputs, *arguments), or what it launched the last time for the same layout."""
+    if _recorder is not None or INTERPRETED or hooked():
+        return launcher(outputs, *arguments)
+    active = triton.runtime.driver.active
+    key = [launcher, active]
+    for a in arguments:
+        if isinstance(a, Tensor):
+            key += a.shape, a.stride(), a.dtype, a.data_ptr() % 16
+        else:
+            key.append(a)
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    current = active.get_current_device()
+    key += device, current
+    identity = tuple(key)
+    tensors = (*(outputs if isinstance(outputs, tuple) else (outputs,)), *arguments)
+    tape = _tapes.get(identity)
+    if tape is not None and tape.playable:
+        return tape.play(tensors, active.get_current_stream(current), device)
+    if tape is not None:
+        return launcher(outputs, *arguments)
+    if len(_tapes) >= TAPES:
+        _tapes.clear()
+    tape = Tape(tensors)
+    tape.playable = device.index is None or device.index == current
+    before, _thread.tape = getattr(_thread, "tape", None), tape
+    try:
+        launcher(outputs, *arguments)
+        tape.tensors = []
+        _tapes[identity] = tape
+    finally:
+        _thread.tape = before
+
+
 def _class(name: str, value: int | float) -> object:
     """What of a scalar's value the compiled code depends on."""
     if isinstance(value, float):
         return float
-    if name.endswith("_stride"):
-        return 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
-    return -(2**31) <= value < 2**31
+    fits = -(2**31) <= value < 2**31
+    return (value == 1, value % 16 == 0, fits) if name.endswith("_stride") else fits
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    *tensors: torch.Tensor | None,
+    *tensors: Tensor | None,
     scalars: dict[str, int | float],
     constants: dict[str, Any],
     num_warps: int,
@@ -73,31 +161,30 @@ def launch(
     if not isinstance(kernel, JITFunction):  # the interpreter
         kernel[grid](*tensors, **scalars, **constants)
         return
-    device = next(t for t in tensors if t is not None).get_device()
     driver = triton.runtime.driver.active
+    device = next(t for t in tensors if t is not None).get_device()
     if device >= 0 and device != driver.get_current_device():
         with torch.get_device_module().device(device):
             return launch(
                 kernel, grid, *tensors, scalars=scalars, constants=constants, num_warps=num_warps
             )
     key = (
-        kernel,
-        driver,
-        device,
-        num_warps,
+        kernel, driver, device, num_warps,
         *[t is not None and (t.dtype, t.data_ptr() % 16) for t in tensors],
         *[_class(name, value) for name, value in scalars.items()],
         *constants.values(),
-    )
+    )  # fmt: skip
+    numbers = (*scalars.values(), *constants.values())
     compiled = _compiled.get(key)
-    if compiled is None or knobs.runtime.launch_enter_hook or knobs.runtime.launch_exit_hook:
-        _compiled[key] = kernel[grid](
+    if compiled is None or hooked():
+        compiled = _compiled[key] = kernel[grid](
             *tensors, **scalars, **constants, num_warps=num_warps, enable_fp_fusion=False
         )
-        return
-    gx, gy, gz = (*grid, 1, 1)[:3]
-    stream = driver.get_current_stream(device if device >= 0 else driver.get_current_device())
-    compiled.run(
-        gx, gy, gz, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *tensors, *scalars.values(), *constants.values(),
-    )  # fmt: skip
+    else:
+        stream = driver.get_current_stream(driver.get_current_device())
+        compiled.run(
+            *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *tensors, *numbers,
+        )  # fmt: skip
+    if (tape := getattr(_thread, "tape", None)) is not None:
+        tape.add(compiled, grid, tensors, numbers)

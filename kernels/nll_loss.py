@@ -6,12 +6,11 @@ out of range makes the loss and the row's whole gradient NaN.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from .labels import load_label
-from .launch import kernel, launch
+from .launch import kernel, launch, scratch
 from .layout import rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
@@ -106,7 +105,7 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
     target, *target_strides = vector(target, walk.outer, walk.inner)
     n_rows, reduce = walk.outer * walk.inner, reduction != NONE
     programs = triton.cdiv(n_rows, GATHER)
-    parts = x.new_empty((2, programs), dtype=torch.float32) if reduce else loss
+    parts = scratch(x, 2, programs) if reduce else loss
     launch(
         nll_loss_forward_kernel, (programs,), parts, x, target, weight,
         scalars=dict(

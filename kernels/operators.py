@@ -20,13 +20,14 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     name = schema.partition("(")[0]
 
     def register(allocate: Callable) -> Callable:
-        launcher: list[Callable] = []
+        loaded: list[Callable] = []
 
         def implementation(*arguments):
-            if not launcher:
-                launcher.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
+            if not loaded:  # Triton is imported here, at the first launch
+                loaded.append(import_module("fusedloss.kernels.launch").perform)
+                loaded.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
             outputs = allocate(*arguments)
-            launcher[0](outputs, *arguments)
+            loaded[0](loaded[1], outputs, arguments)
             return outputs
 
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

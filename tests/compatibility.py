@@ -16,7 +16,7 @@ import tomllib
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "docs/compatibility.toml", ROOT / "docs/compatibility.md"
 FORCED = {  # the path that the tests of a file force; the others look at both
-    "kernels/": "kernels", "autograd/": "kernels", "ptxsim": "kernels",
+    "kernels/": "kernels", "ptxsim": "kernels",
     "test_reference": "reference", "test_functional": "reference", "test_modules": "reference",
 }  # fmt: skip
 MARKS = {"Y": "yes", "P": "partly", "N": "no", "-": "·"}

@@ -40,7 +40,7 @@ def scale_of(expected: Tensor) -> float:
     return float(finite.kthvalue(max(1, round(0.99 * finite.numel()))).values)
 
 
-def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.0, absolute: float = 0.0) -> None:
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.0, absolute: float | Tensor = 0.0) -> None:
     """`actual` against float64; infinities and NaN where `expected` has them, and nowhere else.
 
     A value beyond what the dtype holds is infinite. `factor` multiplies the tolerance, `absolute` adds to it."""

@@ -15,7 +15,7 @@ DISTINCT = (
     "binary_cross_entropy_with_logits/pos_weight", "binary_cross_entropy/weight", "kl_div/log_target",
     "kl_div_with_logits/temperature", "entropy/plain", "entropy_with_logits/plain",
 )  # fmt: skip
-each_loss = pytest.mark.parametrize("case", map(testing.case, DISTINCT), ids=DISTINCT)
+each_loss = pytest.mark.parametrize("case", [*map(testing.case, DISTINCT)], ids=DISTINCT)
 
 
 def inputs(case, shape=SHAPE, dtype=torch.float32, device=DEVICE):

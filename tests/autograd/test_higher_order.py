@@ -37,6 +37,8 @@ def test_second_order(path, case, which):
 
 @each_loss
 def test_third_order(path, case):
+    if case.loss == "nll_loss":
+        pytest.skip("linear: there is no third derivative")
     tensors, keywords = inputs(case, (2, 4))
     ours = directional(case.ours, tensors, keywords, "sum", 3)
     exact = directional(case.torch_equivalent, *doubles(tensors, keywords), "sum", 3)
@@ -48,6 +50,8 @@ def test_third_order(path, case):
 def test_second_order_is_the_slope_of_the_kernels_gradient(kernels, case):
     """A central difference of what the kernels return, with no formula of torch's in it."""
     tensors, keywords = inputs(case, (2, 5))
+    if case.loss in ("binary_cross_entropy", "entropy"):  # away from the poles at 0 and 1
+        tensors = (tensors[0].detach().clamp(0.2, 0.8).requires_grad_(), *tensors[1:])
     _, (first, *_) = pull(case, tensors, keywords, "sum", create_graph=True)
     direction = torch.linspace(-1, 1, first.numel(), device=DEVICE).reshape(first.shape)
     (second,) = torch.autograd.grad((first * direction).sum(), tensors[0], materialize_grads=True)
@@ -67,10 +71,12 @@ def test_first_order_stays_with_the_kernels(kernels, case):
         loss, gradients = pull(case, tensors, keywords, "sum")
     with Operators() as graph:
         same_loss, same = pull(case, tensors, keywords, "sum", create_graph=True)
-    assert len(plain.ours) == 2 and graph.ours == plain.ours
+    assert len(plain.ours) == 2
+    assert graph.ours == plain.ours
     assert torch.equal(loss, same_loss)
     for a, b in zip(gradients, same, strict=True):
-        assert torch.equal(a, b) and b.requires_grad == (case.loss not in ("nll_loss",)) or not b.requires_grad
+        assert torch.equal(a, b)
+        assert b.requires_grad or case.loss == "kl_div"
 
 
 @each_loss
@@ -125,7 +131,8 @@ def test_forward_mode(path, case):
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         loss = case.ours(dual, *rest, **keywords, reduction="sum")
         derivative = torch.autograd.forward_ad.unpack_dual(loss).tangent
-    _, (gradient, *_) = pull(case, (x.requires_grad_(), *rest), keywords, "sum", create_graph=False)
+    live = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(case.ours(live, *rest, **keywords, reduction="sum"), live)
     torch.testing.assert_close(derivative, (gradient * tangent).sum(), rtol=1e-4, atol=1e-5)
 
 

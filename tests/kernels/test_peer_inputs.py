@@ -41,7 +41,7 @@ def compare(name, tensors, differentiable=1, factor=1.0, absolute=0.0, **keyword
     loss, upstream, gradients = oracle.value_and_gradients(ours, tensors, keywords, differentiable)
     expected, _, expected_gradients = oracle.exact(exact, tensors, keywords, differentiable, upstream)
     for actual, e in zip([loss, *gradients], [expected, *expected_gradients], strict=True):
-        more = 2 * coarsest * oracle.scale_of(e) if torchs else 0.0
+        more = 2 * coarsest * (oracle.scale_of(e) + e.abs().cpu()) if torchs else 0.0
         oracle.assert_close(actual, e, factor, absolute + more)
     return loss, gradients
 
