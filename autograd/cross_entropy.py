@@ -11,16 +11,16 @@ from .gradient import gradients
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Saved for backward: the arguments, two or three numbers a row, and the mean's factors."""
+    """Saved for backward: the arguments, and one vector: two or three numbers a row, the mean's factors."""
 
     @staticmethod
     def forward(
         ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
     ):
-        loss, z, *rows = operators.cross_entropy_forward(
+        loss, z, saved = operators.cross_entropy_forward(
             x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
         )
-        ctx.save_for_backward(x, target, weight, *rows)
+        ctx.save_for_backward(x, target, weight, saved)
         ctx.options = ignore_index, label_smoothing, z_loss, softcap, reduction
         ctx.dtype = dtype
         if not z_loss:
@@ -30,12 +30,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        x, target, weight, *rows = ctx.saved_tensors
+        x, target, weight, saved = ctx.saved_tensors
         target_grad = ctx.needs_input_grad[1]
 
         def launch(dloss):
             dx, dtarget = operators.cross_entropy_backward(
-                dloss, x, target, weight, *rows, *ctx.options, target_grad
+                dloss, x, target, weight, saved, *ctx.options, target_grad
             )
             return dx, dtarget if target_grad else None
 

@@ -67,8 +67,8 @@ def load_others(x_from, q_from, col, lane, bounds, is_label, DENSE: tl.constexpr
 
 @kernel
 def cross_entropy_forward_kernel(
-    loss_ptr, z_ptr, m_ptr, s_ptr, b_ptr, x_ptr, target_ptr, weight_ptr,
-    inner, n_cols, ignore_index, keep, shift, z_factor, softcap,
+    loss_ptr, z_ptr, rows_ptr, x_ptr, target_ptr, weight_ptr,
+    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap,
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
     REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
@@ -118,10 +118,11 @@ def cross_entropy_forward_kernel(
         if SMOOTH:
             q_y = w_y * shift
             loss += tl.fma(b + q_y, lse, tl.fma(q_y, u_y, a) * -LN2)
-    tl.store(m_ptr + row, m, mask=live)
-    tl.store(s_ptr + row, s, mask=live)
+    at = rows_ptr + row
+    tl.store(at, m, mask=live)
+    tl.store(at + n_rows, s, mask=live)
     if DENSE:
-        tl.store(b_ptr + row, b, mask=live)
+        tl.store(at + 2 * n_rows, b, mask=live)
     loss = tl.where(kept, loss, 0.0)
     if Z:
         z_loss = tl.where(kept, z_factor * full_lse * full_lse, 0.0)
@@ -171,8 +172,8 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
 
 @kernel
 def cross_entropy_backward_kernel(
-    dx_ptr, dt_ptr, dloss_ptr, scale_ptr, m_ptr, s_ptr, b_ptr, x_ptr, target_ptr, weight_ptr,
-    inner, n_cols, ignore_index, keep, shift, z_factor, softcap, dloss_outer, dloss_inner,
+    dx_ptr, dt_ptr, dloss_ptr, rows_ptr, x_ptr, target_ptr, weight_ptr,
+    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap, dloss_outer, dloss_inner,
     dx_outer, dx_inner, dx_class_stride, dt_outer, dt_inner, dt_class_stride,
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
@@ -189,8 +190,10 @@ def cross_entropy_backward_kernel(
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
     q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
-    m, s = tl.load(m_ptr + row, mask=kept, other=0.0), tl.load(s_ptr + row, mask=kept, other=1.0)
+    at = rows_ptr + row
+    m, s = tl.load(at, mask=kept, other=0.0), tl.load(at + n_rows, mask=kept, other=1.0)
     if REDUCE:
+        scale_ptr = rows_ptr + (3 if PROBS or SMOOTH else 2) * n_rows
         g = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
         g_z = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
     else:
@@ -200,7 +203,7 @@ def cross_entropy_backward_kernel(
     g, g_z = tl.where(kept, g, 0.0), tl.where(kept, g_z, 0.0)
     dense = tl.full(d.shape, 0.0, tl.float32)
     if PROBS or SMOOTH:
-        dense = g * tl.load(b_ptr + row, mask=kept, other=0.0)
+        dense = g * tl.load(at + 2 * n_rows, mask=kept, other=0.0)
     if PROBS:
         lse = log_sum(s)
         if Z:
@@ -258,16 +261,16 @@ def _targets(walk, target):
 def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
-    loss, z, m, s, b, scale = outputs
+    loss, z, saved = outputs
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
     walk = row_walk(min(1, x.dim() - 1), x, target if probs else None)
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
     launch(
-        cross_entropy_forward_kernel, (walk.programs,), parts, z, m, s, b, walk.tensors[0], target, weight,
+        cross_entropy_forward_kernel, (walk.programs,), parts, z, saved, walk.tensors[0], target, weight,
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index,
             **_options(walk.cols, label_smoothing, z_loss, softcap),
             **stride_scalars(("x", walk.strides[0]), ("target", target_strides)),
         ),
@@ -278,11 +281,11 @@ def cross_entropy_forward(
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
-        reduce_means(loss, z, scale, parts, z_loss != 0.0, reduction == MEAN)
+        reduce_means(loss, z, saved, saved.numel() - 2, parts, z_loss != 0.0, reduction == MEAN)
 
 
 def cross_entropy_backward(
-    outputs, dloss, x, target, weight, m, s, b, scale,
+    outputs, dloss, x, target, weight, saved,
     ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
 ):  # fmt: skip
     dx, dt = outputs[0], outputs[1] if target_grad else None
@@ -293,9 +296,9 @@ def cross_entropy_backward(
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(
         cross_entropy_backward_kernel, (walk.programs, walk.chunks),
-        *walk.tensors[2:], dloss, scale, m, s, b, walk.tensors[0], target, weight,
+        *walk.tensors[2:], dloss, saved, walk.tensors[0], target, weight,
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, ignore_index=ignore_index,
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index,
             **_options(walk.cols, label_smoothing, z_loss, softcap),
             dloss_outer=dloss_outer, dloss_inner=dloss_inner,
             **stride_scalars(

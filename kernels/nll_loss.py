@@ -117,7 +117,7 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
         num_warps=4,
     )  # fmt: skip
     if reduce:
-        reduce_means(loss, None, scale, parts, False, reduction == MEAN)
+        reduce_means(loss, None, scale, 0, parts, False, reduction == MEAN)
 
 
 def nll_loss_backward(dx, dloss, x, target, weight, scale, ignore_index, reduction):

@@ -78,36 +78,29 @@ def _rows_shape(x, dim):
     "cross_entropy",
     "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap, int reduction, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor loss, Tensor z, Tensor saved)",
 )
 def cross_entropy_forward(
     x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
-    """loss, z loss, and for backward m, s, b (float32, one a row) and the mean's factors."""
-    rows = _rows_shape(x, min(1, x.dim() - 1))
-    m = x.new_empty(rows, dtype=torch.float32)
-    loss = x.new_empty(rows if reduction == NONE else (), dtype=dtype)
+    """The loss, its z term, and for backward in one float32 vector: m, s and, where targets are dense, b a
+    row, and the mean's two factors."""
+    rows = x.numel() // x.size(min(1, x.dim() - 1))
+    loss = x.new_empty(_rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else (), dtype=dtype)
+    z = torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype)
     dense = target.is_floating_point() or label_smoothing != 0.0
-    return (
-        loss,
-        torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype),
-        m,
-        torch.empty_like(m),
-        torch.empty_like(m) if dense else x.new_empty(0, dtype=torch.float32),
-        x.new_empty(2, dtype=torch.float32),
-    )
+    return loss, z, x.new_empty((3 if dense else 2) * rows + 2, dtype=torch.float32)
 
 
 @operator(
     "cross_entropy",
-    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor m, Tensor s,"
-    " Tensor b, Tensor scale, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    "cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor saved,"
+    " int ignore_index, float label_smoothing, float z_loss, float softcap,"
     " int reduction, bool target_grad) -> (Tensor, Tensor)",
 )
 def cross_entropy_backward(
-    dloss, x, target, weight, m, s, b, scale,
-    ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
-):  # fmt: skip
+    dloss, x, target, weight, saved, ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad
+):
     return _gradients(x, target, True, target_grad)
 
 

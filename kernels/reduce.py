@@ -30,19 +30,19 @@ def reduce_sum(out: torch.Tensor, parts: torch.Tensor, scale: float) -> None:
 
 @kernel
 def means_kernel(
-    loss_ptr, z_ptr, scale_ptr, part_ptr, n, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+    loss_ptr, z_ptr, scale_ptr, part_ptr, n, at, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.float32)
     loss, weight, z, count = zero, zero, zero, zero
     for start in range(0, n, BLOCK):
-        at = part_ptr + start + lane
+        place = part_ptr + start + lane
         mask = start + lane < n
-        loss += tl.load(at, mask=mask, other=0.0)
-        weight += tl.load(at + n, mask=mask, other=0.0)
+        loss += tl.load(place, mask=mask, other=0.0)
+        weight += tl.load(place + n, mask=mask, other=0.0)
         if Z:
-            z += tl.load(at + 2 * n, mask=mask, other=0.0)
-            count += tl.load(at + 3 * n, mask=mask, other=0.0)
+            z += tl.load(place + 2 * n, mask=mask, other=0.0)
+            count += tl.load(place + 3 * n, mask=mask, other=0.0)
     scale, z_scale, total = 1.0, 1.0, tl.sum(loss)
     if MEAN:
         scale = 1.0 / tl.sum(weight)
@@ -55,14 +55,14 @@ def means_kernel(
         tl.store(z_ptr, z_total.to(z_ptr.dtype.element_ty))
         total += z_total
     tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
-    tl.store(scale_ptr, scale)
-    tl.store(scale_ptr + 1, z_scale)
+    tl.store(scale_ptr + at, scale)
+    tl.store(scale_ptr + at + 1, z_scale)
 
 
-def reduce_means(loss, z, scale, parts: torch.Tensor, with_z: bool, mean: bool) -> None:
-    """loss, z <- sums of the parts' rows (loss, weight, z, count), divided where `mean`; scale <- the
-    factors of both, for backward."""
+def reduce_means(loss, z, saved, at: int, parts: torch.Tensor, with_z: bool, mean: bool) -> None:
+    """loss, z <- sums of the parts' rows (loss, weight, z, count), divided where `mean`; saved[at:] <-
+    the factors of both, for backward."""
     launch(
-        means_kernel, (1,), loss, z, scale, parts, scalars=dict(n=parts.shape[1]),
+        means_kernel, (1,), loss, z, saved, parts, scalars=dict(n=parts.shape[1], at=at),
         constants=dict(Z=with_z, MEAN=mean, BLOCK=1024), num_warps=8,
     )  # fmt: skip
