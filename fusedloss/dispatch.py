@@ -133,7 +133,7 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
     """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype."""
     if (x.is_cuda or _any_device) and path(x) == TRITON and _suits(x, others):
         if name in BINARY:
-            others = tuple(o.expand_as(x) if isinstance(o, Tensor) else o for o in others)
+            others = (others[0], *(o.expand_as(x) if isinstance(o, Tensor) else o for o in others[1:]))
         if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
             others = (x.view_as(x), *others[1:])
         return function(name).apply(x, *others)

@@ -83,7 +83,9 @@ def trips(launch: Any, cols: int) -> tuple[int, int, int]:
         blocks = -(-cols // block)
         masked = min(2, blocks) if constants["ROWS"] == 1 else blocks
         return constants["ROWS"] * cols // threads, blocks - masked, masked
-    tiles = launch.scalars.get("trips", 1)
+    if "BLOCK" not in constants:  # one element a row is gathered
+        return 1, 0, 1
+    tiles = launch.scalars["trips"]
     return tiles * constants["ROWS"] * constants["BLOCK"] // threads, tiles, 0
 
 
@@ -96,9 +98,10 @@ def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     unrolled = max((loop.load_bytes for loop in loops), default=0) // max(
         min((loop.load_bytes for loop in loops if loop.load_bytes), default=1), 1
     )
+    tiles = "T" not in launch.constants  # a tile has a masked form, which runs at the end alone
     for k, loop in enumerate(loops[:2]):
         times = main / max(unrolled, 1) if k == 0 and main else masked
-        instructions += loop.instructions * times
+        instructions += (loop.instructions - loop.narrow * tiles) * times
         special += loop.special * times
     return instructions / max(elements, 1), special / max(elements, 1)
 

@@ -41,7 +41,7 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
     """A block of w (keep t + shift); for labels, of w shift."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
-    q = tl.full(lane.shape, 0.0, tl.float32) + shift
+    q = shift
     if PROBS:
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
@@ -262,9 +262,11 @@ def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
     loss, z, saved = outputs
+    dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None)
+    loads = 1 if weight is not None and dense else 2 if dense or softcap else 4
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, loads=loads)
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
     launch(
@@ -291,7 +293,8 @@ def cross_entropy_backward(
     dx, dt = outputs[0], outputs[1] if target_grad else None
     probs = target.is_floating_point()
     weight = None if weight is None else weight.contiguous()
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt)
+    loads = 2 if weight is not None or softcap else 4
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt, loads=loads)
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import plane
+from .layout import contiguous_plane
 
 TILE = 2048
 NUM_WARPS = 4
@@ -118,17 +118,14 @@ class Walk(NamedTuple):
     def restore(self, *outputs: torch.Tensor | None) -> None:
         """Copy outputs that had to be computed elsewhere back to where they belong."""
         for computed, wanted in zip(self.tensors, outputs, strict=False):
-            if wanted is not None and computed is not wanted:
+            if wanted is not None and computed is not None and computed is not wanted:
                 wanted.copy_(computed)
 
 
 def walk(*tensors: torch.Tensor | None) -> Walk:
     """Cover tensors of one shape (None where there is none); copied only where no plane fits all."""
     there = [t for t in tensors if t is not None]
-    flat = plane(*there)
-    if flat is None:
-        there = [t.contiguous() for t in there]
-        flat = plane(*there)
+    flat, there = contiguous_plane(there)
     rest, strides = iter(there), iter(flat.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     pairs = [(0, 0) if t is None else next(strides) for t in tensors]

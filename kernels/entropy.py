@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, load, store
 from .launch import kernel, launch
-from .layout import Rows, plane, rows
+from .layout import Rows, contiguous_rows, plane
 from .numerics import log, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
@@ -122,10 +122,8 @@ def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling
     if flat is not None and flat.rows == 1:
         walk = Rows(1, 1, flat.cols, [(0, 0, stride) for _, stride in flat.strides])
     else:
-        walk = rows(dim, *tensors)
-        if walk is None:
-            tensors = tuple(t.contiguous() for t in tensors)
-            walk = rows(dim, *tensors)
+        walk, copies = contiguous_rows(dim, tensors)
+        tensors = tuple(copies)
     cols = walk.cols
     block = TILE if cols > 1024 else 1024 if cols > 128 else 128 if cols > 16 else 16
     if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):

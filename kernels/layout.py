@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ def plane(*tensors: torch.Tensor) -> Plane | None:
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return Plane(1, first.numel(), [(0, 1)] * len(tensors))
-    order = sorted(range(first.dim()), key=lambda d: -first.stride(d))
+    lengths = first.stride()
+    order = sorted(range(first.dim()), key=lambda d: lengths[d], reverse=True)
     merged: list[list[int]] = []  # [size, stride of each tensor]
     for d in order:
         size, strides = first.size(d), [t.stride(d) for t in tensors]
@@ -36,6 +38,14 @@ def plane(*tensors: torch.Tensor) -> Plane | None:
         return None
     merged = [[1, *[0] * len(tensors)]] * (2 - len(merged)) + merged
     return Plane(merged[0][0], merged[1][0], list(zip(merged[0][1:], merged[1][1:], strict=True)))
+
+
+def contiguous_plane(tensors: Sequence[torch.Tensor]) -> tuple[Plane, list[torch.Tensor]]:
+    """A walk over the tensors, or over contiguous copies where no other fits them all."""
+    if (walk := plane(*tensors)) is not None:
+        return walk, list(tensors)
+    copies = [t.contiguous() for t in tensors]
+    return Plane(1, copies[0].numel(), [(0, 1)] * len(copies)), copies
 
 
 class Rows(NamedTuple):
@@ -67,15 +77,24 @@ def rows(dim: int, *tensors: torch.Tensor) -> Rows | None:
     sizes, strides = list(tensors[0].shape), [list(t.stride()) for t in tensors]
     cols, classes = sizes.pop(dim), [s.pop(dim) for s in strides]
     dim %= len(sizes) + 1
-    whole = _collapse(sizes, strides)
-    outer: tuple[int, list[int]] | None = (1, [0] * len(tensors))
-    inner = whole
-    if whole is None:
-        outer = _collapse(sizes[:dim], [s[:dim] for s in strides])
-        inner = _collapse(sizes[dim:], [s[dim:] for s in strides])
-        if outer is None or inner is None:
-            return None
+    if (whole := _collapse(sizes, strides)) is not None:
+        return Rows(1, whole[0], cols, list(zip([0] * len(tensors), whole[1], classes, strict=True)))
+    outer = _collapse(sizes[:dim], [s[:dim] for s in strides])
+    inner = _collapse(sizes[dim:], [s[dim:] for s in strides])
+    if outer is None or inner is None:
+        return None
     return Rows(outer[0], inner[0], cols, list(zip(outer[1], inner[1], classes, strict=True)))
+
+
+def contiguous_rows(dim: int, tensors: Sequence[torch.Tensor]) -> tuple[Rows, list[torch.Tensor]]:
+    """The rows of the tensors, or of contiguous copies where only those can be walked."""
+    if (walk := rows(dim, *tensors)) is not None:
+        return walk, list(tensors)
+    copies = [t.contiguous() for t in tensors]
+    walk = rows(dim, *copies)
+    if walk is None:
+        raise RuntimeError(f"no rows over dimension {dim} of contiguous tensors of shape {tuple(copies[0].shape)}")
+    return walk, copies
 
 
 def vector(t: torch.Tensor, outer: int, inner: int) -> tuple[torch.Tensor, int, int]:

@@ -25,9 +25,13 @@ def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.con
     u = scale2(x, spread(top))
     s = tl.fma(s, tl.exp2(m - top), lanes_sum(tl.exp2(u)))
     if DENSE:
-        q = tl.reshape(q, [x.shape[0], U, T, V])
-        a = a + tl.fma(b, m - top, lanes_sum(q * u))
-        b = b + lanes_sum(q)
+        if len(q.shape) == 0:  # one weight for all of the block
+            a = a + tl.fma(b, m - top, lanes_sum(u) * q)
+            b = b + q * (U * V)
+        else:
+            q = tl.reshape(q, [x.shape[0], U, T, V])
+            a = a + tl.fma(b, m - top, lanes_sum(q * u))
+            b = b + lanes_sum(q)
     return top, s, a, b
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .labels import load_label
 from .launch import kernel, launch, scratch
-from .layout import rows, vector
+from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
@@ -98,10 +98,7 @@ def nll_loss_backward_kernel(
 def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype):
     weight = None if weight is None else weight.contiguous()
     loss, scale = outputs
-    walk = rows(min(1, x.dim() - 1), x)
-    if walk is None:
-        x = x.contiguous()
-        walk = rows(min(1, x.dim() - 1), x)
+    walk, (x,) = contiguous_rows(min(1, x.dim() - 1), [x])
     target, *target_strides = vector(target, walk.outer, walk.inner)
     n_rows, reduce = walk.outer * walk.inner, reduction != NONE
     programs = triton.cdiv(n_rows, GATHER)

@@ -42,6 +42,11 @@ def _reduced(x, reduction, dtype):
     return x.new_empty((), dtype=dtype) if reduction != NONE else torch.empty_like(x, dtype=dtype)
 
 
+def _factors(reduction):
+    """How many factors of a mean are saved; an unreduced loss writes none, and no output is left unwritten."""
+    return 0 if reduction == NONE else 2
+
+
 def _gradients(x, target, input_grad, target_grad):
     """A gradient that nobody asked for is an empty tensor."""
     return (
@@ -89,7 +94,7 @@ def cross_entropy_forward(
     loss = x.new_empty(_rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else (), dtype=dtype)
     z = torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype)
     dense = target.is_floating_point() or label_smoothing != 0.0
-    return loss, z, x.new_empty((3 if dense else 2) * rows + 2, dtype=torch.float32)
+    return loss, z, x.new_empty((3 if dense else 2) * rows + _factors(reduction), dtype=torch.float32)
 
 
 @operator(
@@ -158,7 +163,7 @@ def entropy_backward(dloss, p, dim, reduction):
 def nll_loss_forward(x, target, weight, ignore_index, reduction, dtype):
     """The loss, and for backward the mean's factor."""
     shape = _rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else ()
-    return x.new_empty(shape, dtype=dtype), x.new_empty(2, dtype=torch.float32)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(_factors(reduction), dtype=torch.float32)
 
 
 @operator(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .layout import Rows, rows
+from .layout import Rows, contiguous_rows
 
 FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
 VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
@@ -81,7 +81,7 @@ class Walk(NamedTuple):
     def restore(self, first: int, *wanted: torch.Tensor | None) -> None:
         """Copy outputs, tensors `first` on, that had to be computed elsewhere back to where they belong."""
         for c, w in zip(self.tensors[first:], wanted, strict=False):
-            if w is not None and c is not w:
+            if w is not None and c is not None and c is not w:
                 w.copy_(c)
 
 
@@ -89,10 +89,7 @@ def row_walk(dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: in
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
     a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows."""
     there = [t for t in tensors if t is not None]
-    common = rows(dim, *there)
-    if common is None:
-        there = [t.contiguous() for t in there]
-        common = rows(dim, *there)
+    common, there = contiguous_rows(dim, there)
     shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there))
     if shape.ROWS > 2:
         shape = shape._replace(ROWS=shape.ROWS // narrow)

@@ -54,16 +54,29 @@ def test_whole_graph(path, case, backend):
     assert_all_close([ours[0], *ours[1]], [expected[0], *expected[1]])
 
 
-@each_loss
-def test_new_sizes_compile_nothing(path, case):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(case.ours, fullgraph=True, backend=counter, dynamic=True)
+def compilations(case, function):
+    """How many times a function was compiled after each of four sizes."""
+    torch._dynamo.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     for shape in [(3, 8), (5, 11), (17, 6), (4, 33)]:
         tensors, keywords = inputs(case, shape)
         ours = pull(case, tensors, keywords, "sum", compiled)
         expected = pull(case, tensors, keywords, "sum")
         assert_all_close([ours[0], *ours[1]], [expected[0], *expected[1]], rtol=1e-4)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    return counts
+
+
+@each_loss
+def test_new_sizes_compile_nothing(path, case):
+    """(A float keyword takes Dynamo two attempts at the first size.) What torch's own function does on the
+    reference path is torch's: with class weights and probabilities it compiles anew for each number of classes."""
+    counts = compilations(case, case.ours)
+    if path == "reference" and len(set(counts)) > 1:
+        assert counts[-1] - counts[0] <= (theirs := compilations(case, case.torch_equivalent))[-1] - theirs[0]
+    else:
+        assert len(set(counts)) == 1
 
 
 def test_sizes_become_dynamic_by_themselves(path):
@@ -158,9 +171,13 @@ def test_export(kernels, case):
             return case.ours(*tensors, **keywords, reduction="sum")
 
     tensors = tuple(t.detach() for t in tensors)
-    rows = torch.export.Dim("rows", min=2)
-    exported = torch.export.export(Loss(), tensors, dynamic_shapes=([{0: rows}] * len(tensors),)
-                                   if not any(torch.is_tensor(v) for v in keywords.values()) else None)  # fmt: skip
+    sizes = None
+    if not any(torch.is_tensor(v) for v in keywords.values()):  # which would be constants of the first size
+        sizes = (tuple({0: torch.export.Dim("rows", min=2)} for _ in tensors),)
+    exported = torch.export.export(Loss(), tensors, dynamic_shapes=sizes)
+    if sizes:
+        more = tuple(t.detach() for t in inputs(case, (SHAPE[0] + 4, SHAPE[1]))[0])
+        assert_all_close([exported.module()(*more)], [Loss()(*more)])
     assert sum(name.startswith("fusedloss.") for name in operators(exported.graph)) == 1
     assert_all_close([exported.module()(*tensors)], [Loss()(*tensors)])
 

@@ -20,7 +20,6 @@ from .losses import DEVICE, Operators, assert_all_close, doubles, each_loss, inp
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:reduction:UserWarning")
 INDEX = testing.case("cross_entropy/index")
-AUTOCAST = ("binary_cross_entropy_with_logits", "cross_entropy", "kl_div", "nll_loss")
 
 
 @each_loss

@@ -22,11 +22,12 @@ def dense(launch, elements):
 
 
 def code(launch, target):
-    made = compiled.source(launch)
-    key = (launch.kernel.__name__, target, launch.num_warps, repr(made.signature), repr(made.constants),
-           repr(made.attrs))  # fmt: skip
+    source = compiled.source(launch)
+    key = (launch.kernel.__name__, target, launch.num_warps, repr(source.signature), repr(source.constants),
+           repr(source.attrs))  # fmt: skip
     if key not in _codes:
-        _codes[key] = compiled.compile_launch(launch, target)._asdict()
+        made = compiled.compile_launch(launch, target)
+        _codes[key] = dict(name=made.name, spills=made.spills, instructions=made.instructions, widths=made.widths)
     return _codes[key]
 
 
