@@ -185,4 +185,4 @@ def block_mask(rows, col, lane, plan, HINT: tl.constexpr):
 def edge_cols(plan):
     """The columns outside [first, end) [1, EDGE]; beyond every row where there are fewer."""
     lane = tl.arange(0, EDGE)[None, :]
-    return tl.where(lane < EDGE // 2, tl.where(lane < plan[0], lane, 2**30), plan[1] + lane - EDGE // 2)
+    return tl.where(lane < EDGE // 2, tl.where(lane < plan[0], lane, 2147483647), plan[1] + lane - EDGE // 2)

@@ -16,7 +16,7 @@ import ptxsim
 import torch
 
 from fusedloss import use
-from fusedloss.testing import CASES, Case
+from fusedloss.testing import CASES, Case, forward_backward
 
 # short rows in tiles; a row of several blocks with a head, a tail and edges; positions apart
 SHAPES = {"tile": (5, 10), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5)}
@@ -47,12 +47,35 @@ def run(case: Case, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, 
     return launched
 
 
+def count(case: Case, shape: tuple[int, ...]) -> None:
+    """Print what each kernel executes an element: PTX instructions of a thread, those on the special-function
+    unit, the ratio of machine code to PTX, registers, and bytes of distinct memory sectors."""
+    tensors, keywords = case.make_inputs(shape, torch.bfloat16, "cpu")
+    elements = tensors[0].numel()
+    with ptxsim.simulate(arch=90, l2=False, banks=False) as simulation, use("triton"):
+        forward_backward(case, (tensors, keywords), reduction="mean")
+    totals = [0.0, 0.0]
+    for r in simulation.launches:
+        executed, special = r.total_thread_insns / elements, r.thread_insns.get("mufu", 0) / elements
+        totals = [totals[0] + executed, totals[1] + special]
+        print(f"{case.name:40s} {r.name:36s} {executed:6.2f} instructions {special:5.2f} MUFU, machine code x "
+              f"{r.sass_ratio:.2f}, {r.regs} registers, {r.cold_read / elements:.2f} bytes read, "
+              f"{r.cold_written / elements:.2f} written")  # fmt: skip
+    print(f"{case.name:40s} {'all':36s} {totals[0]:6.2f} instructions {totals[1]:5.2f} MUFU", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--all", action="store_true", help="every dtype, shape and reduction")
+    parser.add_argument("--count", metavar="ROWSxCOLS", help="count instructions an element instead, in bfloat16")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="reduction: 'mean' divides")
+    if options.count:
+        shape = tuple(int(n) for n in options.count.split("x"))
+        for case in (c for c in CASES if options.cases in c.name):
+            count(case, shape)
+        return 0
     oracle = load_oracle()
     passed, failed, launches = 0, 0, 0
     for number, case in enumerate(CASES):

@@ -135,7 +135,10 @@ def test_selective_checkpoint(kernels, case):
     counts, results = [], []
     for keep in (False, True):
         call = lambda *t, **k: checkpoint(
-            lambda *t: case.ours(*t, **k).clone(), *t, use_reentrant=False, context_fn=contexts(keep)  # noqa: B023
+            lambda *t: case.ours(*t, **k).clone(),
+            *t,
+            use_reentrant=False,
+            context_fn=contexts(keep),  # noqa: B023
         )
         with Operators() as operators:
             loss, gradients = pull(case, tensors, keywords, "sum", call)
