@@ -22,6 +22,7 @@ LAYERS = {
     "fusedloss.patch": {"fusedloss.functional", "fusedloss.nn"},
     "fusedloss.testing": {"fusedloss.functional"},
     "fusedloss.compiled": {"fusedloss.dispatch", "kernels"},
+    "fusedloss.roofline": {"fusedloss.compiled", "fusedloss.testing"},
 }
 LINES = 250  # of code: without docstrings, comments and blank lines
 
@@ -72,7 +73,7 @@ def test_torch_autograd_and_grids_stay_in_their_layers(path):
     text = path.read_text()
     if module_of(path) == "kernels":
         assert "torch.autograd" not in text
-    elif module_of(path) != "fusedloss.compiled":
+    elif module_of(path) not in ("fusedloss.compiled", "fusedloss.roofline"):  # they compile for other machines
         tree = ast.parse(text)
         names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         assert "triton" not in names
