@@ -7,17 +7,17 @@ import torch
 from fusedloss import reference
 from fusedloss.kernels import operators as operators
 
-from .gradient import gradients
+from .gradient import gradients, writable
 
 
 class BCEWithLogits(torch.autograd.Function):
     """Saved for backward: the arguments alone."""
 
     @staticmethod
-    def forward(ctx, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
+    def forward(ctx, x, target, weight, pos_weight, label_smoothing, reduction, inplace, dtype):
         ctx.save_for_backward(x, target, weight, pos_weight)
         ctx.options = (label_smoothing, reduction)
-        ctx.dtype = dtype
+        ctx.inplace, ctx.dtype = inplace, dtype
         return operators.bce_with_logits_forward(x, target, weight, pos_weight, label_smoothing, reduction, dtype)
 
     @staticmethod
@@ -27,12 +27,17 @@ class BCEWithLogits(torch.autograd.Function):
         input_grad, target_grad = ctx.needs_input_grad[:2]
 
         def launch(dloss):
+            if ctx.inplace and input_grad and writable(x, target_grad):
+                operators.bce_with_logits_backward_(
+                    dloss, x, target, weight, pos_weight, label_smoothing, reduction, True, False
+                )
+                return x.detach(), None
             dx, dtarget = operators.bce_with_logits_backward(
                 dloss, x, target, weight, pos_weight, label_smoothing, reduction, input_grad, target_grad
             )
             return dx if input_grad else None, dtarget if target_grad else None
 
         def composed(x, target):
-            return reference.bce_with_logits(x, target, weight, pos_weight, label_smoothing, reduction, ctx.dtype)
+            return reference.bce_with_logits(x, target, weight, pos_weight, label_smoothing, reduction, ctx.inplace, ctx.dtype)
 
-        return *gradients(launch, composed, dloss, x, target), None, None, None, None, None
+        return *gradients(launch, composed, dloss, x, target), *[None] * 6

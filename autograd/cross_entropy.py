@@ -7,7 +7,7 @@ import torch
 from fusedloss import reference
 from fusedloss.kernels import operators
 
-from .gradient import gradients
+from .gradient import gradients, writable
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -15,14 +15,14 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+        ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, inplace, dtype
     ):
         loss, z, saved = operators.cross_entropy_forward(
             x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
         )
         ctx.save_for_backward(x, target, weight, saved)
         ctx.options = ignore_index, label_smoothing, z_loss, softcap, reduction
-        ctx.dtype = dtype
+        ctx.inplace, ctx.dtype = inplace, dtype
         if not z_loss:
             return loss, None
         ctx.mark_non_differentiable(z)
@@ -34,12 +34,15 @@ class CrossEntropy(torch.autograd.Function):
         target_grad = ctx.needs_input_grad[1]
 
         def launch(dloss):
+            if ctx.inplace and writable(x, target_grad):
+                operators.cross_entropy_backward_(dloss, x, target, weight, saved, *ctx.options, False)
+                return x.detach(), None
             dx, dtarget = operators.cross_entropy_backward(
                 dloss, x, target, weight, saved, *ctx.options, target_grad
             )
             return dx, dtarget if target_grad else None
 
         def composed(x, target):
-            return reference.cross_entropy(x, target, weight, *ctx.options, ctx.dtype)
+            return reference.cross_entropy(x, target, weight, *ctx.options, ctx.inplace, ctx.dtype)
 
-        return *gradients(launch, composed, dloss, x, target), None, None, None, None, None, None, None
+        return *gradients(launch, composed, dloss, x, target), *[None] * 8

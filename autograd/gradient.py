@@ -55,3 +55,8 @@ def gradients(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return Gradient.apply(launch, reference, dloss, x, target)
     return launch(dloss)
+
+
+def writable(x: Tensor, target_grad: bool) -> bool:
+    """Whether a gradient that was asked for in place can be: first order, in eager code, x in one piece."""
+    return not (target_grad or torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.is_contiguous()

@@ -45,6 +45,7 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     label_smoothing: float = 0.0,
+    inplace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between logits and target probabilities, in nats.
@@ -63,6 +64,9 @@ def binary_cross_entropy_with_logits(
         reduction: ``"none"``, ``"mean"`` (over all elements) or ``"sum"``.
         pos_weight: :math:`p`, which multiplies the loss of positive targets; broadcasts to the input.
         label_smoothing: targets become ``t (1 - label_smoothing) + label_smoothing / 2``.
+        inplace: let backward write the input's gradient over the input, which saves its memory: in eager
+            code, for a contiguous input and a target that needs no gradient. The input's version then
+            tells: autograd raises where its old values are needed. The reference never does it.
         dtype: of the result. Default: torch's, the target's dtype (float32 for half precision under
             autocast).
 
@@ -86,7 +90,7 @@ def binary_cross_entropy_with_logits(
         return handle_torch_function(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target,
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
-            pos_weight=pos_weight, **_given(label_smoothing=label_smoothing, dtype=dtype),
+            pos_weight=pos_weight, **_given(label_smoothing=label_smoothing, inplace=inplace, dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
@@ -95,7 +99,7 @@ def binary_cross_entropy_with_logits(
         result = checks.result_dtype(dtype, result, input)
     return run(
         "BCEWithLogits", reference.bce_with_logits,
-        input, target, weight, pos_weight, label_smoothing, number, result,
+        input, target, weight, pos_weight, label_smoothing, number, inplace, result,
     )  # fmt: skip
 
 
@@ -160,14 +164,14 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
     *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[False] = ...,
-    dtype: torch.dtype | None = ...,
+    inplace: bool = ..., dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
     *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[True],
-    dtype: torch.dtype | None = ...,
+    inplace: bool = ..., dtype: torch.dtype | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def cross_entropy(
     input: Tensor,
@@ -182,6 +186,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_z_loss: bool = False,
+    inplace: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross entropy between logits and class indices or class probabilities, in nats.
@@ -207,6 +212,9 @@ def cross_entropy(
             not ignored; a mean divides it by their plain number.
         softcap: logits become ``softcap * tanh(x / softcap)`` first; None leaves them.
         return_z_loss: return ``(loss, z term)``; the loss contains the term, the term has no gradient.
+        inplace: let backward write the input's gradient over the input, which saves its memory: in eager
+            code, for a contiguous input and a target that needs no gradient. The input's version then
+            tells: autograd raises where its old values are needed. The reference never does it.
         dtype: of the result. Default: torch's, the input's dtype, promoted with that of probability
             targets and their weight (float32 for half precision under autocast).
 
@@ -234,7 +242,7 @@ def cross_entropy(
             cross_entropy, (input, target, weight), input, target,  # type: ignore[arg-type]
             weight=weight, size_average=size_average, ignore_index=ignore_index, reduce=reduce,
             reduction=reduction, label_smoothing=label_smoothing,
-            **_given(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, dtype=dtype),
+            **_given(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, inplace=inplace, dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.cross_entropy(input, target, weight, ignore_index, label_smoothing, z_loss, softcap)
@@ -249,7 +257,7 @@ def cross_entropy(
         result = checks.result_dtype(dtype, result, input)
     loss, z = run(
         "CrossEntropy", reference.cross_entropy,
-        input, target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, number, result,
+        input, target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, number, inplace, result,
     )  # fmt: skip
     if not return_z_loss:
         return loss

@@ -26,10 +26,12 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     Args:
         weight, size_average, reduce, reduction, pos_weight: torch's.
         label_smoothing: targets become ``t (1 - label_smoothing) + label_smoothing / 2``.
+        inplace: let backward write the gradient over the input.
         dtype: of the result; ``torch.float32`` gives the unrounded loss of half-precision inputs.
     """
 
     label_smoothing: float = 0.0
+    inplace: bool = False
     dtype: torch.dtype | None = None
 
     def __init__(
@@ -41,15 +43,16 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         pos_weight: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
+        inplace: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
-        self.label_smoothing, self.dtype = label_smoothing, dtype
+        self.label_smoothing, self.inplace, self.dtype = label_smoothing, inplace, dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(
             input, target, self.weight, None, None, self.reduction, self.pos_weight,
-            label_smoothing=self.label_smoothing, dtype=self.dtype,
+            label_smoothing=self.label_smoothing, inplace=self.inplace, dtype=self.dtype,
         )  # fmt: skip
 
 
@@ -82,12 +85,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         z_loss: the factor of ``lse^2``, which is added to the loss.
         softcap: logits become ``softcap tanh(x / softcap)``.
         return_z_loss: return ``(loss, z term)``.
+        inplace: let backward write the gradient over the input.
         dtype: of the result; ``torch.float32`` gives the unrounded loss of half-precision inputs.
     """
 
     z_loss: float = 0.0
     softcap: float | None = None
     return_z_loss: bool = False
+    inplace: bool = False
     dtype: torch.dtype | None = None
 
     def __init__(
@@ -102,15 +107,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         return_z_loss: bool = False,
+        inplace: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.softcap, self.return_z_loss, self.dtype = z_loss, softcap, return_z_loss, dtype
+        self.z_loss, self.softcap, self.return_z_loss = z_loss, softcap, return_z_loss
+        self.inplace, self.dtype = inplace, dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         return F.cross_entropy(  # type: ignore[call-overload]
             input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing,
-            z_loss=self.z_loss, softcap=self.softcap, return_z_loss=self.return_z_loss, dtype=self.dtype,
+            z_loss=self.z_loss, softcap=self.softcap, return_z_loss=self.return_z_loss, inplace=self.inplace,
+            dtype=self.dtype,
         )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ def bce_with_logits(
     pos_weight: Tensor | None,
     label_smoothing: float,
     reduction: int,
+    inplace: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """(1 - t) softplus(x) + p t softplus(-x): the two terms have one sign, so neither tail cancels."""
@@ -107,6 +108,7 @@ def cross_entropy(
     z_loss: float,
     softcap: float,
     reduction: int,
+    inplace: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """torch's own, of softcap tanh(x / softcap), plus z_loss lse^2; and that term apart, detached."""

@@ -177,8 +177,8 @@ def cross_entropy_backward_kernel(
     dx_outer, dx_inner, dx_class_stride, dt_outer, dt_inner, dt_class_stride,
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
-    REDUCE: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
-    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    REDUCE: tl.constexpr, TARGET_GRAD: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
+    U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = U * T * V
     outer, d = rows_at(inner, ROWS)
@@ -211,6 +211,8 @@ def cross_entropy_backward_kernel(
         p, dy = dense / s, dense
     else:
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
+        if IN_PLACE:
+            tl.debug_barrier()  # every thread has read the label's logit before one writes there
         u_y, z, lse, full_lse = meet_label(x_y, m, s)
         dense = tl.fma(g * w_y, shift, dense) if SMOOTH else dense
         if Z:
@@ -298,7 +300,7 @@ def cross_entropy_backward(
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(
-        cross_entropy_backward_kernel, (walk.programs, walk.chunks),
+        cross_entropy_backward_kernel, (walk.programs, 1 if dx is x else walk.chunks),
         *walk.tensors[2:], dloss, saved, walk.tensors[0], target, weight,
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index,
@@ -311,7 +313,8 @@ def cross_entropy_backward(
         ),
         constants=dict(
             PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
-            CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad, **walk.shape.constants,
+            CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad,
+            IN_PLACE=dx is x, **walk.shape.constants,
         ),
         num_warps=walk.shape.num_warps,
     )  # fmt: skip

@@ -104,12 +104,13 @@ def scratch(like: Tensor, *size: int) -> Tensor:
     return memory
 
 
-def perform(launcher: Callable, outputs: Any, arguments: tuple) -> None:
-    """launcher(outputs, *arguments), or what it launched the last time for the same layout."""
+def perform(launcher: Callable, outputs: Any, arguments: tuple, in_place: bool = False) -> None:
+    """launcher(outputs, *arguments), or what it launched the last time for the same layout. `in_place`: an
+    output is one of the arguments."""
     if _recorder is not None or INTERPRETED or hooked():
         return launcher(outputs, *arguments)
     active = triton.runtime.driver.active
-    key = [launcher, active]
+    key = [launcher, active, in_place]
     for a in arguments:
         if isinstance(a, Tensor):
             key += a.shape, a.stride(), a.dtype, a.data_ptr() % 16

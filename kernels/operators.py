@@ -38,6 +38,24 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def in_place(module: str, schema: str) -> Callable:
+    """Register the backward launcher `<name>` as torch.ops.fusedloss.<name>_, which writes the gradient of
+    x into x, bumps its version and returns nothing; x is the second argument, and no target has a gradient."""
+    name = schema.partition("(")[0]
+
+    def implementation(*arguments):
+        perform = import_module("fusedloss.kernels.launch").perform
+        launcher = getattr(import_module(f"fusedloss.kernels.{module}"), name.removesuffix("_"))
+        x = arguments[1]
+        perform(launcher, (x, None), arguments, in_place=True)
+        torch.autograd.graph.increment_version(x)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedloss::{name}", lambda *arguments: None, lib=LIBRARY)
+    return getattr(torch.ops.fusedloss, name).default
+
+
 def _reduced(x, reduction, dtype):
     return x.new_empty((), dtype=dtype) if reduction != NONE else torch.empty_like(x, dtype=dtype)
 
@@ -75,6 +93,13 @@ def bce_with_logits_backward(
     return _gradients(x, target, input_grad, target_grad)
 
 
+bce_with_logits_backward_ = in_place(
+    "bce_with_logits",
+    "bce_with_logits_backward_(Tensor dloss, Tensor(a!) x, Tensor target, Tensor? weight, Tensor? pos_weight,"
+    " float label_smoothing, int reduction, bool input_grad, bool target_grad) -> ()",
+)
+
+
 def _rows_shape(x, dim):
     return [n for d, n in enumerate(x.shape) if d != dim % x.dim()]
 
@@ -107,6 +132,14 @@ def cross_entropy_backward(
     dloss, x, target, weight, saved, ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad
 ):
     return _gradients(x, target, True, target_grad)
+
+
+cross_entropy_backward_ = in_place(
+    "cross_entropy",
+    "cross_entropy_backward_(Tensor dloss, Tensor(a!) x, Tensor target, Tensor? weight, Tensor saved,"
+    " int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    " int reduction, bool target_grad) -> ()",
+)
 
 
 @operator(
