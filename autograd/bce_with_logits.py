@@ -7,7 +7,7 @@ import torch
 from fusedloss import reference
 from fusedloss.kernels import operators as operators
 
-from .gradient import gradients, writable
+from .gradient import gradients, overwritten, writable
 
 
 class BCEWithLogits(torch.autograd.Function):
@@ -25,19 +25,22 @@ class BCEWithLogits(torch.autograd.Function):
         x, target, weight, pos_weight = ctx.saved_tensors
         label_smoothing, reduction = ctx.options
         input_grad, target_grad = ctx.needs_input_grad[:2]
+        inplace = ctx.inplace and input_grad and writable(x, target_grad)
 
         def launch(dloss):
-            if ctx.inplace and input_grad and writable(x, target_grad):
+            if inplace:
                 operators.bce_with_logits_backward_(
                     dloss, x, target, weight, pos_weight, label_smoothing, reduction, True, False
                 )
-                return x.detach(), None
+                return overwritten(x), None
             dx, dtarget = operators.bce_with_logits_backward(
                 dloss, x, target, weight, pos_weight, label_smoothing, reduction, input_grad, target_grad
             )
             return dx if input_grad else None, dtarget if target_grad else None
 
         def composed(x, target):
-            return reference.bce_with_logits(x, target, weight, pos_weight, label_smoothing, reduction, ctx.inplace, ctx.dtype)
+            return reference.bce_with_logits(
+                x, target, weight, pos_weight, label_smoothing, reduction, ctx.inplace, ctx.dtype
+            )
 
         return *gradients(launch, composed, dloss, x, target), *[None] * 6

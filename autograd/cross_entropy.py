@@ -7,7 +7,7 @@ import torch
 from fusedloss import reference
 from fusedloss.kernels import operators
 
-from .gradient import gradients, writable
+from .gradient import gradients, overwritten, writable
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -32,11 +32,12 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         x, target, weight, saved = ctx.saved_tensors
         target_grad = ctx.needs_input_grad[1]
+        inplace = ctx.inplace and writable(x, target_grad)
 
         def launch(dloss):
-            if ctx.inplace and writable(x, target_grad):
+            if inplace:
                 operators.cross_entropy_backward_(dloss, x, target, weight, saved, *ctx.options, False)
-                return x.detach(), None
+                return overwritten(x), None
             dx, dtarget = operators.cross_entropy_backward(
                 dloss, x, target, weight, saved, *ctx.options, target_grad
             )

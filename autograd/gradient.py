@@ -57,6 +57,12 @@ def gradients(
     return launch(dloss)
 
 
+def overwritten(x: Tensor) -> Tensor:
+    """The memory of x as a gradient; its version tells those who saved x."""
+    torch.autograd.graph.increment_version(x)
+    return x.detach()
+
+
 def writable(x: Tensor, target_grad: bool) -> bool:
     """Whether a gradient that was asked for in place can be: first order, in eager code, x in one piece."""
     return not (target_grad or torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.is_contiguous()

@@ -63,6 +63,8 @@ def bce_with_logits(
 ) -> Tensor:
     """(1 - t) softplus(x) + p t softplus(-x): the two terms have one sign, so neither tail cancels."""
     if label_smoothing:
+        if target.dtype in HALF:
+            x, target = _widen(dtype, x, target)
         target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
     if not (x.dtype is target.dtype is dtype and dtype in _SINGLE_DOUBLE):
         if x.dtype not in _FLOATS or target.dtype not in _FLOATS:

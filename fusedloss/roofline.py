@@ -190,10 +190,11 @@ def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
 
 def measured(case: Case, rows: int, cols: int, dtype: torch.dtype) -> float:
     """Median microseconds of forward and backward on the GPU of this machine."""
-    import triton
+    from torch.utils.benchmark import Timer
 
     inputs = case.make_inputs((rows, cols), dtype, "cuda")
-    return 1e3 * triton.testing.do_bench(lambda: forward_backward(case, inputs), return_mode="median")
+    timer = Timer("forward_backward(case, inputs)", globals=dict(globals(), case=case, inputs=inputs))
+    return 1e6 * timer.blocked_autorange(min_run_time=0.5).median
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

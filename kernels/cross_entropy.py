@@ -13,56 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .labels import load_label, load_label_logit, meet_label
 from .launch import kernel, launch, scratch
 from .layout import vector
 from .logsumexp import lse_join, lse_meet, lse_start, lse_update
-from .numerics import LN2, LOWEST, log_sum, scale2, sigmoid, softplus, tanh
+from .numerics import LN2, log_sum, scale2, sigmoid, softplus
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
     EDGE, at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
     rows_at, schedule, store_block, total,
 )  # fmt: skip
+from .targets import load_label, load_label_logit, load_others, load_q, load_x, meet_label
 from .tiling import row_walk, stride_scalars
-
-
-@triton.jit
-def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
-    """A block of logits in float32, capped; beyond the bounds (None: all is within) -inf."""
-    x_ptr, x_at, class_stride, softcap = source
-    x = load_run(x_ptr, x_at, col, lane, class_stride, bounds, HINT, -float("inf"))
-    if CAP:
-        x = softcap * tanh(x / softcap)
-    return x
-
-
-@triton.jit
-def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
-    """A block of w (keep t + shift); for labels, of w shift."""
-    target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
-    q = shift
-    if PROBS:
-        t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
-        q = tl.fma(t, keep, shift)
-    if WEIGHT:
-        q *= load_run(weight_ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
-    return q
-
-
-@triton.jit
-def load_others(x_from, q_from, col, lane, bounds, is_label, DENSE: tl.constexpr, PROBS: tl.constexpr,
-                WEIGHT: tl.constexpr, CAP: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """x and q of a block without what lies beyond the bounds and without the label."""
-    x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
-    if DENSE or CAP:
-        is_label |= block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT) == 0
-    if DENSE:
-        x = tl.where(is_label, LOWEST, x)
-        q = tl.where(is_label, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT))
-    else:
-        x = tl.where(is_label, -float("inf"), x)
-    return x, q
 
 
 @kernel
@@ -114,10 +76,9 @@ def cross_entropy_forward_kernel(
     else:
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         u_y, z, lse, full_lse = meet_label(x_y, m, s)
-        loss = w_y * keep * softplus(z)
+        loss = w_y * (keep + shift) * softplus(z)
         if SMOOTH:
-            q_y = w_y * shift
-            loss += tl.fma(b + q_y, lse, tl.fma(q_y, u_y, a) * -LN2)
+            loss += tl.fma(b, lse, a * -LN2)  # of the others
     at = rows_ptr + row
     tl.store(at, m, mask=live)
     tl.store(at + n_rows, s, mask=live)
@@ -197,8 +158,7 @@ def cross_entropy_backward_kernel(
         g = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
         g_z = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
     else:
-        g_at = dloss_ptr + outer * dloss_outer + d * dloss_inner
-        g = tl.load(g_at, mask=live, other=0.0).to(tl.float32)
+        g = tl.load(dloss_ptr + outer * dloss_outer + d * dloss_inner, mask=live, other=0.0).to(tl.float32)
         g_z = g
     g, g_z = tl.where(kept, g, 0.0), tl.where(kept, g_z, 0.0)
     dense = tl.full(d.shape, 0.0, tl.float32)
@@ -247,9 +207,7 @@ def cross_entropy_backward_kernel(
 
 
 def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
-    return dict(
-        keep=1.0 - label_smoothing, shift=label_smoothing / n_cols, z_factor=z_loss, softcap=softcap
-    )
+    return dict(keep=1.0 - label_smoothing, shift=label_smoothing / n_cols, z_factor=z_loss, softcap=softcap)
 
 
 def _targets(walk, target):
@@ -268,7 +226,7 @@ def cross_entropy_forward(
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
     loads = 1 if weight is not None and dense else 2 if dense or softcap else 4
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, loads=loads)
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, narrow=2 if dense else 1, loads=loads)
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
     launch(
@@ -292,11 +250,10 @@ def cross_entropy_backward(
     outputs, dloss, x, target, weight, saved,
     ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad,
 ):  # fmt: skip
-    dx, dt = outputs[0], outputs[1] if target_grad else None
-    probs = target.is_floating_point()
+    dx, dt, probs = outputs[0], outputs[1] if target_grad else None, target.is_floating_point()
     weight = None if weight is None else weight.contiguous()
-    loads = 2 if weight is not None or softcap else 4
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt, loads=loads)
+    narrow, loads = 4 if probs else 1, 2 if weight is not None or softcap else 4
+    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=narrow, loads=loads)
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(

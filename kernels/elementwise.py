@@ -133,7 +133,7 @@ def walk(*tensors: torch.Tensor | None) -> Walk:
     block = TILE
     if rows > 1 and cols <= 1024:
         block = 16 if cols <= 16 else 128 if cols <= 128 else 1024
-    tile_rows = TILE // block
+    tile_rows = TILE // block if rows == 1 else max(1, TILE // block // 2)  # fewer, for their addresses
     row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, block)
     trips = max(1, min(MAX_TRIPS, row_tiles * col_tiles // FILL))
     chunks = triton.cdiv(col_tiles, trips)

@@ -29,7 +29,7 @@ def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.con
             a = a + tl.fma(b, m - top, lanes_sum(u) * q)
             b = b + q * (U * V)
         else:
-            q = tl.reshape(q, [x.shape[0], U, T, V])
+            q = tl.reshape(q, [q.shape[0], U, T, V])
             a = a + tl.fma(b, m - top, lanes_sum(q * u))
             b = b + lanes_sum(q)
     return top, s, a, b

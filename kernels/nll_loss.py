@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .labels import load_label
 from .launch import kernel, launch, scratch
 from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
@@ -18,6 +17,7 @@ from .rowwise import (
     block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, rows_at, schedule,
     store_block,
 )  # fmt: skip
+from .targets import load_label
 from .tiling import row_walk, stride_scalars
 
 GATHER = 256  # rows a program gathers

@@ -40,15 +40,13 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
 
 def in_place(module: str, schema: str) -> Callable:
     """Register the backward launcher `<name>` as torch.ops.fusedloss.<name>_, which writes the gradient of
-    x into x, bumps its version and returns nothing; x is the second argument, and no target has a gradient."""
+    x into x and returns nothing; x is the second argument, and no target has a gradient."""
     name = schema.partition("(")[0]
 
     def implementation(*arguments):
         perform = import_module("fusedloss.kernels.launch").perform
         launcher = getattr(import_module(f"fusedloss.kernels.{module}"), name.removesuffix("_"))
-        x = arguments[1]
-        perform(launcher, (x, None), arguments, in_place=True)
-        torch.autograd.graph.increment_version(x)
+        perform(launcher, (arguments[1], None), arguments, in_place=True)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
