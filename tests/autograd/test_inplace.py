@@ -12,6 +12,7 @@ LOSSES = {
         fusedloss.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits, torch.rand,
     ),
 }  # fmt: skip
+IN_PLACE = ("bce_with_logits_backward", "cross_entropy_backward")  # operators with a variant in place
 # a tile of short rows; an aligned short row; long rows with a head, a tail and edges, labels in each
 SHAPES = [(5, 10), (3, 1000), (6, 8203)]
 
@@ -70,6 +71,23 @@ def test_not_where_it_cannot_be(loss, device):
         (expected,) = torch.autograd.grad(theirs(leaf, target), leaf)
         torch.testing.assert_close(found, expected)
         assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_opcheck(name, device):
+    """The schema says that x is written to, and the fake implementation agrees."""
+    x, dloss = torch.randn(4, 10, device=device), torch.ones((), device=device)
+    if name.startswith("bce"):
+        arguments = (dloss, x, torch.rand(4, 10, device=device), None, None, 0.0, 1, True, False)
+    else:
+        labels = torch.randint(10, (4,), device=device)
+        options = (-100, 0.0, 0.0, 0.0, 1)
+        _, _, saved = torch.ops.fusedloss.cross_entropy_forward(x, labels, None, *options, torch.float32)
+        arguments = (dloss, x, labels, None, saved, *options, False)
+    before = x.clone()
+    torch.library.opcheck(getattr(torch.ops.fusedloss, f"{name}_").default, arguments)
+    getattr(torch.ops.fusedloss, f"{name}_")(*arguments)
+    assert not torch.equal(x, before)
 
 
 def test_modules_take_it(device):
