@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fusedloss import reference
-from fusedloss.kernels import operators as operators
+from fusedloss.kernels import operators
 
-from .gradient import gradients, overwritten, writable
+from .gradient import Fused, gradients, overwritten, writable
 
 
-class BCEWithLogits(torch.autograd.Function):
+class BCEWithLogits(Fused):
     """Saved for backward: the arguments alone."""
 
     @staticmethod

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fusedloss import reference
 from fusedloss.kernels import operators
 
-from .gradient import gradients, overwritten, writable
+from .gradient import Fused, gradients, overwritten, writable
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Fused):
     """Saved for backward: the arguments, and one vector: two or three numbers a row, the mean's factors."""
 
     @staticmethod

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fusedloss import reference
 from fusedloss.kernels import operators
 
-from .gradient import gradients
+from .gradient import Fused, gradients
 
 
-class Entropy(torch.autograd.Function):
+class Entropy(Fused):
     """Saved for backward: the probabilities."""
 
     @staticmethod
@@ -33,7 +31,7 @@ class Entropy(torch.autograd.Function):
         return *gradients(launch, composed, dloss, p), None, None, None
 
 
-class EntropyWithLogits(torch.autograd.Function):
+class EntropyWithLogits(Fused):
     """Saved for backward: the logits, and three numbers a row."""
 
     @staticmethod

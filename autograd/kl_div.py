@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fusedloss import reference
-from fusedloss.kernels import operators as operators
+from fusedloss.kernels import operators
 
-from .gradient import gradients
+from .gradient import Fused, gradients
 
 
-class KLDiv(torch.autograd.Function):
+class KLDiv(Fused):
     """Saved for backward: the arguments alone."""
 
     @staticmethod

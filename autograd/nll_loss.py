@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from fusedloss import reference
 from fusedloss.kernels import operators
 
-from .gradient import gradients
+from .gradient import Fused, gradients
 
 
-class NLLLoss(torch.autograd.Function):
+class NLLLoss(Fused):
     """Saved for backward: the arguments (x for its shape alone), and the mean's factor."""
 
     @staticmethod
