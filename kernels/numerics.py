@@ -2,7 +2,7 @@
 
 A running log-sum-exp is a pair (m, s): m the maximum of x * log2(e), s the sum of 2^(x * log2(e) - m).
 It is kept lane by lane in tiles [ROWS, U, T, V] -> [ROWS, T] (U loads of V elements a thread, T lanes a
-row), so that a step needs no exchange between threads; lanes meet once, at the end (rowwise.py).
+row), so that a step needs no exchange between threads; lanes meet once, at the end (logsumexp.py).
 """
 
 import triton

@@ -116,15 +116,6 @@ def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
 
 
 @triton.jit
-def load_block(place, mask):
-    """Elements in float32; mask None reads them all."""
-    if mask is None:
-        return tl.load(place).to(tl.float32)
-    else:
-        return tl.load(place, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER: tl.constexpr = 0.0):
     """A block in float32: all of it, or what lies within bounds (rows, first, end), OTHER beyond.
 
