@@ -30,13 +30,11 @@ TYPES = {
 
 class Loop(NamedTuple):
     """A loop, or the code outside of all loops: instructions, special-function operations among them, and
-    bytes that a thread loads in accesses of eight bytes and more. `narrow`: the instructions that stand in
-    straight stretches with four narrower accesses or more, which is how a masked tile looks."""
+    bytes that a thread loads in accesses of eight bytes and more."""
 
     instructions: int
     special: int
     load_bytes: int
-    narrow: int
 
 
 class Code(NamedTuple):
@@ -70,6 +68,14 @@ def launches(call: Callable[[], Any]) -> list[Any]:
     with use("triton"), recording() as recorded:
         call()
     return recorded
+
+
+def tiles_each(launch: Any, elements: int) -> int:
+    """The tiles of a program of this element-wise launch, were it over so many elements."""
+    from .kernels.elementwise import trips_of
+
+    tile = launch.constants["ROWS"] * launch.constants["BLOCK"]
+    return trips_of(elements // tile, tile)
 
 
 def source(launch: Any) -> Any:
@@ -174,29 +180,18 @@ def _counts(lines: list[_Line], jumps: list[tuple[int, int]]) -> dict[str, Any]:
     """Loops (stretches that a backward jump closes, none within another), the rest, access widths."""
     back = {(first, last) for first, last in jumps if first < last}
     inner = sorted(a for a in back if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in back))
-    edges = {first for first, _ in jumps} | {last + 1 for _, last in jumps}  # where straight stretches begin
     bodies = [[line for line in lines if first <= line.address <= last] for first, last in inner]
     inside = {line.address for body in bodies for line in body}
     widths = Counter(kind + str(size) for line in lines for kind, size in [_access(line.opcode)] if kind)
     return dict(
-        loops=tuple(_loop(body, edges) for body in bodies),
-        outside=_loop([line for line in lines if line.address not in inside], edges), widths=dict(widths),
+        loops=tuple(_loop(body) for body in bodies),
+        outside=_loop([line for line in lines if line.address not in inside]), widths=dict(widths),
     )  # fmt: skip
 
 
-def _loop(lines: list[_Line], edges: set[int]) -> Loop:
+def _loop(lines: list[_Line]) -> Loop:
     loads = [size for line in lines for kind, size in [_access(line.opcode)] if kind == "load" and size >= 8]
-    stretches: list[list[_Line]] = [[]]
-    before = -1
-    for line in lines:
-        if any(before < edge <= line.address for edge in edges):
-            stretches.append([])
-        stretches[-1].append(line)
-        before = line.address
-    narrow = sum(
-        len(s) for s in stretches if sum(0 < _access(line.opcode)[1] < 8 for line in s) >= 4
-    )
-    return Loop(len(lines), sum(bool(MUFU.match(line.opcode)) for line in lines), sum(loads), narrow)
+    return Loop(len(lines), sum(bool(MUFU.match(line.opcode)) for line in lines), sum(loads))
 
 
 def _access(opcode: str) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compiled import Code, Loop, compile_launch, launches
+from .compiled import Code, Loop, compile_launch, launches, tiles_each
 from .testing import CASES, Case, forward_backward
 
 SAMPLE_ROWS = 8  # rows compiled for: the code does not depend on their number
@@ -76,7 +76,7 @@ def trips(launch: Any, cols: int) -> tuple[int, int, int]:
     """(elements a thread, trips of the main loop, trips of the masked loop) in one program.
 
     A long row: whole blocks without a mask, then the label's block and the tail. A tile of short rows: one
-    masked block. An element-wise tile: `trips` tiles, all of them whole but the last."""
+    masked block. An element-wise plane: `trips` tiles, all of them whole but the last program's last."""
     constants, threads = launch.constants, launch.num_warps * 32
     if "T" in constants:
         block = constants["U"] * constants["T"] * constants["V"]
@@ -98,10 +98,9 @@ def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     unrolled = max((loop.load_bytes for loop in loops), default=0) // max(
         min((loop.load_bytes for loop in loops if loop.load_bytes), default=1), 1
     )
-    tiles = "T" not in launch.constants  # a tile has a masked form, which runs at the end alone
     for k, loop in enumerate(loops[:2]):
         times = main / max(unrolled, 1) if k == 0 and main else masked
-        instructions += (loop.instructions - loop.narrow * tiles) * times
+        instructions += loop.instructions * times
         special += loop.special * times
     return instructions / max(elements, 1), special / max(elements, 1)
 
@@ -129,11 +128,10 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
             continue
         forward = "forward" in code.name
         if flat:
-            tiles = rows * cols // (launch.constants["ROWS"] * launch.constants["BLOCK"])
-            launch.scalars["trips"] = max(1, min(8, tiles // 1024))
+            launch.scalars["trips"] = tiles_each(launch, rows * cols)
         instructions, special = executed(code, launch, cols)
         size = element_bytes(case, inputs, forward)
-        elements = rows * cols
+        elements = rows * cols if "T" in launch.constants or flat or size else rows  # a gather reads rows
         times = {
             "bytes": elements * size / gpu.bandwidth,
             "instructions": elements * instructions / (gpu.sms * gpu.lanes * gpu.clock),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, store, tile_at, walk
+from .elementwise import NUM_WARPS, TILE, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import log, log1m_half, log_any
 from .operators import MEAN, NONE
@@ -28,6 +28,20 @@ def bce_term(p, t):
     return tl.where(s >= 0, loss, float("nan"))
 
 
+@triton.jit
+def add_loss(total, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
+             WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """A tile's loss, added to the lanes' totals or written. Where there is no element, p = t = 0 adds 0."""
+    loss = bce_term(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
+    if WEIGHT:
+        loss *= load(w_from, at, mask, WIDE)
+    if REDUCE:
+        total += tl.sum(lanes(loss, V), 1)
+    else:
+        store(out, loss, at, mask, WIDE)
+    return total
+
+
 @kernel
 def bce_forward_kernel(
     out_ptr, x_ptr, target_ptr, weight_ptr,
@@ -35,22 +49,40 @@ def bce_forward_kernel(
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        p = load(x_ptr, at, x_row_stride, x_col_stride)
-        t = load(target_ptr, at, target_row_stride, target_col_stride)  # p = t = 0 adds nothing
-        loss = bce_term(p, t)
-        if WEIGHT:
-            loss *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
-        if REDUCE:
-            total += loss
-        else:
-            store(out_ptr, loss, at, out_row_stride, out_col_stride)
+    out = (out_ptr, out_row_stride, out_col_stride)
+    p, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    w = (weight_ptr, weight_row_stride, weight_col_stride)
+    total = tl.zeros([ROWS * BLOCK // V], tl.float32)
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        total = add_loss(total, out, p, t, w, tile_at(i, plan, ROWS, BLOCK), None, WEIGHT, REDUCE, WIDE, V)
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        total = add_loss(total, out, p, t, w, tile_at(i, plan, ROWS, BLOCK), mask, WEIGHT, REDUCE, WIDE, V)
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, mask, WEIGHT: tl.constexpr,
+                  REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
+                  WIDE: tl.constexpr):  # fmt: skip
+    p = load(p_from, at, mask, WIDE)
+    if not REDUCE:
+        g = load(dloss, at, mask, WIDE)
+    if WEIGHT:
+        g *= load(w_from, at, mask, WIDE)
+    q = 1.0 - p
+    s = tl.minimum(p, q)
+    if INPUT_GRAD:
+        t = load(t_from, at, mask, WIDE)
+        dp = (p - t) / tl.maximum(p * q, 1e-12)
+        store(dx, tl.where(s >= 0, dp, float("nan")) * g, at, mask, WIDE)
+    if TARGET_GRAD:
+        value = log1m_half(s) - log_any(s)
+        store(dt, tl.where(p <= 0.5, value, -value) * g, at, mask, WIDE)
 
 
 @kernel
@@ -60,40 +92,32 @@ def bce_backward_kernel(
     dx_row_stride, dx_col_stride, dtarget_row_stride, dtarget_col_stride,
     dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride,
-    WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    if REDUCE:
-        g = tl.load(dloss_ptr).to(tl.float32) * scale
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        p = load(x_ptr, at, x_row_stride, x_col_stride)
-        if not REDUCE:
-            g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)
-        scaled = g
-        if WEIGHT:
-            scaled *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
-        q = 1.0 - p
-        s = tl.minimum(p, q)
-        if INPUT_GRAD:
-            t = load(target_ptr, at, target_row_stride, target_col_stride)
-            dp = (p - t) / tl.maximum(p * q, 1e-12)
-            store(dx_ptr, tl.where(s >= 0, dp, float("nan")) * scaled, at, dx_row_stride, dx_col_stride)
-        if TARGET_GRAD:
-            dt = log1m_half(s) - log_any(s)
-            dt = tl.where(p <= 0.5, dt, -dt)
-            store(dtarget_ptr, dt * scaled, at, dtarget_row_stride, dtarget_col_stride)
+    dx, dt = (dx_ptr, dx_row_stride, dx_col_stride), (dtarget_ptr, dtarget_row_stride, dtarget_col_stride)
+    dloss = (dloss_ptr, dloss_row_stride, dloss_col_stride)
+    p, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    w = (weight_ptr, weight_row_stride, weight_col_stride)
+    g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, ROWS, BLOCK), None,
+                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, ROWS, BLOCK), mask,
+                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
 
 
 def bce_forward(out, x, target, weight, reduction, dtype):
     reduce = reduction != NONE
-    to = walk(None if reduce else out, x, target, weight)
+    to = walk(None if reduce else out, x, target, weight, tile=TILE // 2)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
-        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants),
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants, V=16 // x.element_size()),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:
@@ -105,7 +129,7 @@ def bce_forward(out, x, target, weight, reduction, dtype):
 def bce_backward(outputs, dloss, x, target, weight, reduction, input_grad, target_grad):
     reduce = reduction != NONE
     dx, dtarget = outputs[0] if input_grad else None, outputs[1] if target_grad else None
-    to = walk(dx, dtarget, None if reduce else dloss, x, target if input_grad else None, weight)
+    to = walk(dx, dtarget, None if reduce else dloss, x, target if input_grad else None, weight, tile=TILE // 2)
     launch(
         bce_backward_kernel, (to.programs,),
         *to.tensors[:2], dloss if reduce else to.tensors[2], *to.tensors[3:],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, store, tile_at, tile_mask, walk
+from .elementwise import NUM_WARPS, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LOG2E, log1p, log1p_unit
 from .operators import MEAN, NONE
@@ -39,6 +39,35 @@ def bce_terms(x, t, p, POS_WEIGHT: tl.constexpr):
         return tl.fma(x, -t, tl.maximum(x, 0.0)), 1.0, e
 
 
+@triton.jit
+def add_loss(total, q, out, sources, smooth, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
+             SMOOTH: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """A tile's loss, added to the lanes' totals or written; of a plain sum, log1p(e) goes into q instead."""
+    x = load(sources[0], at, mask, WIDE, -1e30)  # adds nothing where there is none
+    t = load(sources[1], at, mask, WIDE)
+    p = load(sources[3], at, mask, WIDE) if POS_WEIGHT else 1.0
+    if SMOOTH:
+        t = tl.fma(t, smooth[0], smooth[1])
+        if mask is not None:
+            t = tl.where(mask, t, 0.0)
+    a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
+    if REDUCE and not WEIGHT and not POS_WEIGHT:
+        q_tile = fold_product(lanes(e, V), V)
+        q = tl.fma(q, q_tile, q + q_tile)
+    elif POS_WEIGHT:
+        a = tl.fma(factor, log1p_unit(e), a)
+    else:
+        a += log1p_unit(e)
+    w = load(sources[2], at, mask, WIDE) if WEIGHT else 1.0
+    if REDUCE and WEIGHT:
+        total = add_dot(total, lanes(a, V), lanes(w, V))
+    elif REDUCE:
+        total += tl.sum(lanes(a, V), 1)
+    else:
+        store(out, a * w, at, mask, WIDE)
+    return total, q
+
+
 @kernel
 def bce_with_logits_forward_kernel(
     out_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
@@ -46,34 +75,53 @@ def bce_with_logits_forward_kernel(
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    PRODUCT: tl.constexpr = REDUCE and not WEIGHT and not POS_WEIGHT
-    T: tl.constexpr = ROWS * BLOCK // V
-    total, q = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        x = load(x_ptr, at, x_row_stride, x_col_stride, -1e30)  # adds nothing where there is none
-        t = load(target_ptr, at, target_row_stride, target_col_stride)
-        p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
-        if SMOOTH:
-            t = tl.where(tile_mask(at), tl.fma(t, keep, shift), 0.0)
-        a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
-        if PRODUCT:
-            q_tile = fold_product(tl.reshape(e, [T, V]), V)
-            q = tl.fma(q, q_tile, q + q_tile)
-        else:
-            a += factor * log1p_unit(e)
-        if WEIGHT:
-            a *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
-        if REDUCE:
-            total += tl.sum(tl.reshape(a, [T, V]), 1)
-        else:
-            store(out_ptr, a, at, out_row_stride, out_col_stride)
-    if PRODUCT:
+    out = (out_ptr, out_row_stride, out_col_stride)
+    sources = ((x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride),
+               (weight_ptr, weight_row_stride, weight_col_stride),
+               (pos_weight_ptr, pos_weight_row_stride, pos_weight_col_stride))  # fmt: skip
+    total, q = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        total, q = add_loss(total, q, out, sources, (keep, shift), tile_at(i, plan, ROWS, BLOCK), None,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, WIDE, V)  # fmt: skip
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        total, q = add_loss(total, q, out, sources, (keep, shift), tile_at(i, plan, ROWS, BLOCK), mask,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, WIDE, V)  # fmt: skip
+    if REDUCE and not WEIGHT and not POS_WEIGHT:
         total += log1p(q)
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
+                  SMOOTH: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr,
+                  TARGET_GRAD: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    x = load(sources[0], at, mask, WIDE)
+    p = load(sources[3], at, mask, WIDE) if POS_WEIGHT else 1.0
+    if not REDUCE:
+        g = load(dloss, at, mask, WIDE)
+    if WEIGHT:
+        g *= load(sources[2], at, mask, WIDE)
+    if INPUT_GRAD:
+        t = load(sources[1], at, mask, WIDE)
+        if SMOOTH:
+            t = tl.fma(t, smooth[0], smooth[1])
+        # exp(-x) and its bound, at which sigmoid(x) is still a normal number
+        u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
+        value = tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-g / (1.0 + u))
+        store(dx, value, at, mask, WIDE)
+    if TARGET_GRAD:
+        value = -x
+        if POS_WEIGHT:
+            a, factor, e = bce_terms(x, 0.0, p, False)
+            value = p * (a - x) - a + (p - 1.0) * log1p_unit(e)
+        if SMOOTH:
+            value *= smooth[0]
+        store(dt, value * g, at, mask, WIDE)
 
 
 @kernel
@@ -85,35 +133,22 @@ def bce_with_logits_backward_kernel(
     weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    if REDUCE:
-        g = tl.load(dloss_ptr).to(tl.float32) * scale
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        x = load(x_ptr, at, x_row_stride, x_col_stride)
-        t = load(target_ptr, at, target_row_stride, target_col_stride)
-        p = load(pos_weight_ptr, at, pos_weight_row_stride, pos_weight_col_stride) if POS_WEIGHT else 1.0
-        if SMOOTH:
-            t = tl.fma(t, keep, shift)
-        if not REDUCE:
-            g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)
-        scaled = g
-        if WEIGHT:
-            scaled *= load(weight_ptr, at, weight_row_stride, weight_col_stride)
-        if INPUT_GRAD:
-            # exp(-x) and its bound, at which sigmoid(x) is still a normal number
-            u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
-            dx = tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-scaled / (1.0 + u))
-            store(dx_ptr, dx, at, dx_row_stride, dx_col_stride)
-        if TARGET_GRAD:
-            dt = -x
-            if POS_WEIGHT:
-                a, factor, e = bce_terms(x, 0.0, p, False)
-                dt = p * (a - x) - a + (p - 1.0) * log1p_unit(e)
-            if SMOOTH:
-                dt *= keep
-            store(dtarget_ptr, dt * scaled, at, dtarget_row_stride, dtarget_col_stride)
+    dx, dt = (dx_ptr, dx_row_stride, dx_col_stride), (dtarget_ptr, dtarget_row_stride, dtarget_col_stride)
+    dloss = (dloss_ptr, dloss_row_stride, dloss_col_stride)
+    sources = ((x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride),
+               (weight_ptr, weight_row_stride, weight_col_stride),
+               (pos_weight_ptr, pos_weight_row_stride, pos_weight_col_stride))  # fmt: skip
+    g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, ROWS, BLOCK), None,
+                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, ROWS, BLOCK), mask,
+                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
 
 
 def _smoothing(label_smoothing: float) -> dict[str, float]:

@@ -24,7 +24,7 @@ from .rowwise import (
     rows_at, schedule, store_block, total,
 )  # fmt: skip
 from .targets import load_label, load_label_logit, load_others, load_q, load_x, meet_label
-from .tiling import row_walk, stride_scalars
+from .tiling import VECTOR, row_walk, stride_scalars
 
 
 @kernel
@@ -127,7 +127,7 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     if TARGET_GRAD:
         dt = g * q_from[4] * tl.fma(u, -LN2, lse)
         if WEIGHT:
-            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
+            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
         store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
 
 
@@ -218,6 +218,14 @@ def _targets(walk, target):
     return labels, (*strides, 0)
 
 
+def _weight_run(weight, walk) -> int:
+    """The run of class weights that is aligned wherever the row's is; 0 where there are none."""
+    if weight is None:
+        return 0
+    aligned = all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) and weight.data_ptr() % 16 == 0
+    return VECTOR if aligned else 1
+
+
 def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
@@ -237,7 +245,7 @@ def cross_entropy_forward(
             **stride_scalars(("x", walk.strides[0]), ("target", target_strides)),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=_weight_run(weight, walk), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduce, **walk.shape.constants,
         ),
         num_warps=walk.shape.num_warps,
@@ -252,7 +260,7 @@ def cross_entropy_backward(
 ):  # fmt: skip
     dx, dt, probs = outputs[0], outputs[1] if target_grad else None, target.is_floating_point()
     weight = None if weight is None else weight.contiguous()
-    narrow, loads = 4 if probs else 1, 2 if weight is not None or softcap else 4
+    narrow, loads = 4 if probs else 2, 2 if weight is not None or softcap else 4
     walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=narrow, loads=loads)
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
@@ -269,7 +277,7 @@ def cross_entropy_backward(
             ),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=_weight_run(weight, walk), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad,
             IN_PLACE=dx is x, **walk.shape.constants,
         ),

@@ -1,7 +1,7 @@
 """What the element-wise losses share: a walk over a plane of rows x cols in tiles [ROWS, BLOCK].
 
-A program visits `trips` tiles side by side. Partial sums, one a program, are added up by a second kernel
-in a fixed order, so that sums have the same bits on every run.
+A program visits up to `trips` tiles side by side: whole ones without a mask, then those with one. Partial
+sums, one a program, are added up by a second kernel in a fixed order: sums have the same bits on every run.
 """
 
 from __future__ import annotations
@@ -16,74 +16,100 @@ from .layout import contiguous_plane
 
 TILE = 2048
 NUM_WARPS = 4
-MAX_TRIPS = 8  # a lane's product of 1 + e stays below 2^(MAX_TRIPS * 8)
+MAX_TRIPS = 8  # of whole TILEs: a lane's product of 1 + e stays below 2^(MAX_TRIPS * 8)
 FILL = 1024  # programs that fill the largest GPU: with fewer, a program takes fewer tiles
 VECTOR = 8
 
 
 @triton.jit
-def tile_at(i, n_rows, n_cols, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Tile i of this program: its rows [ROWS, 1] and columns [1, BLOCK] within it, its first row and
-    column, the sizes, whether all of it exists, and whether its rows are contiguous and aligned."""
-    program = tl.program_id(0)
-    row = (program // chunks).to(tl.int64) * ROWS
-    start = ((program % chunks).to(tl.int64) * trips + i) * BLOCK
-    whole = (row + ROWS <= n_rows) & (start + BLOCK <= n_cols)
-    rows, cols = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
-    return rows, cols, row, start, n_rows, n_cols, whole, WIDE
+def tiles_of(n_rows, n_cols, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """(row, start, before, whole, masked): this program's first row and column, the columns from there on
+    that it covers, its tiles that exist as a whole, and those that do in part. FLAT: there is one row."""
+    row, chunk = tl.full([], 0, tl.int64), tl.program_id(0)
+    if not FLAT:
+        row, chunk = (tl.program_id(0) // chunks).to(tl.int64) * ROWS, tl.program_id(0) % chunks
+    start = chunk.to(tl.int64) * trips * BLOCK
+    before = tl.minimum(n_cols - start, trips * BLOCK).to(tl.int32).to(tl.uint32)
+    whole = (before // BLOCK).to(tl.int32)
+    if not FLAT:
+        whole = tl.where(row + ROWS <= n_rows, whole, 0)
+    return row, start, before.to(tl.int32), whole, ((before + (BLOCK - 1)) // BLOCK).to(tl.int32) - whole
 
 
 @triton.jit
-def tile_mask(at):
-    rows, cols, row, start, n_rows, n_cols, _whole, _wide = at
-    before = tl.minimum(n_cols - start, cols.shape[1]).to(tl.int32)
-    if rows.shape[0] == 1:
-        return cols < before
-    else:
-        return (row + rows < n_rows) & (cols < before)
+def tile_at(i, plan, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Tile i: its rows [ROWS, 1] and columns [1, BLOCK] within it, its first row and column."""
+    return tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :], plan[0], plan[1] + (tl.full([], 0, tl.int64) + i) * BLOCK
 
 
 @triton.jit
-def first_of(ptr, at, row_stride, col_stride):
-    """Pointers to the first element of each row of a tile [ROWS, 1]."""
+def tile_mask(i, plan, n_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of tile i exist."""
+    mask = tl.arange(0, BLOCK)[None, :] < plan[2] - i * BLOCK
+    if ROWS > 1:
+        mask &= plan[0] + tl.arange(0, ROWS)[:, None] < n_rows
+    return mask
+
+
+@triton.jit
+def first_of(source, at, WIDE: tl.constexpr):
+    """Pointers to the first element of each row of a tile [ROWS, 1]; a scalar where it has one row. WIDE:
+    rows are contiguous and aligned."""
+    ptr, row_stride, col_stride = source
     start = ptr + (at[2] * row_stride + at[3] * col_stride)
-    if at[0].shape[0] == 1:
-        return start
-    else:
-        return start + at[0] * row_stride
+    if at[0].shape[0] > 1:
+        start += at[0] * row_stride
+    if WIDE:
+        start = tl.multiple_of(start, 16 if at[0].shape[0] == 1 else [16, 16])
+    return start
 
 
 @triton.jit
-def load(ptr, at, row_stride, col_stride, OTHER: tl.constexpr = 0.0):
-    """A tile in float32; OTHER where there is no element. A whole tile is read without a mask, and where
-    its rows are contiguous and aligned bfloat16 in pairs, widened by a shift and a mask."""
-    half: tl.constexpr = at[1].shape[1] // 2
-    first = first_of(ptr, at, row_stride, col_stride)
-    if at[6]:
-        if at[7] and ptr.dtype.element_ty == tl.bfloat16:
-            pairs = first.to(tl.pointer_type(tl.int32), bitcast=True)
-            pairs = tl.multiple_of(pairs, 16 if at[0].shape[0] == 1 else [16, 16])
-            both = tl.load(pairs + tl.arange(0, half)[None, :])
-            low = (both << 16).to(tl.float32, bitcast=True)
-            high = (both & -65536).to(tl.float32, bitcast=True)
-            value = tl.reshape(tl.join(low, high), [at[0].shape[0], 2 * half])
-        else:
-            value = tl.load(first + at[1] * col_stride).to(tl.float32)
-    else:
-        mask = tile_mask(at)
-        value = tl.load(first + at[1] * col_stride, mask=mask, other=0.0).to(tl.float32)
+def load(source, at, mask, WIDE: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """A tile of (pointer, row stride, column stride) in float32: all of it, or what the mask lets, OTHER
+    elsewhere. Wide bfloat16 is read in pairs, widened by a shift and a mask."""
+    first = first_of(source, at, WIDE)
+    if mask is not None:
+        value = tl.load(first + at[1] * source[2], mask=mask, other=0.0).to(tl.float32)
         value = tl.where(mask, value, OTHER)
+    elif WIDE and source[0].dtype.element_ty == tl.bfloat16:
+        half: tl.constexpr = at[1].shape[1] // 2
+        pairs = first.to(tl.pointer_type(tl.int32), bitcast=True)
+        pairs = tl.multiple_of(pairs, 16 if at[0].shape[0] == 1 else [16, 16])
+        both = tl.load(pairs + tl.arange(0, half)[None, :])
+        low = (both << 16).to(tl.float32, bitcast=True)
+        high = (both & -65536).to(tl.float32, bitcast=True)
+        value = tl.reshape(tl.join(low, high), [at[0].shape[0], 2 * half])
+    else:
+        value = tl.load(first + at[1] * source[2]).to(tl.float32)
     return value
 
 
 @triton.jit
-def store(ptr, value, at, row_stride, col_stride):
-    to = first_of(ptr, at, row_stride, col_stride) + at[1] * col_stride
-    value = value.to(ptr.dtype.element_ty)
-    if at[6]:
-        tl.store(to, value)
+def store(to, value, at, mask, WIDE: tl.constexpr):
+    place = first_of(to, at, WIDE) + at[1] * to[2]
+    value = value.to(to[0].dtype.element_ty)
+    if mask is None:
+        tl.store(place, value)
     else:
-        tl.store(to, value, mask=tile_mask(at))
+        tl.store(place, value, mask=mask)
+
+
+@triton.jit
+def lanes(tile, V: tl.constexpr):
+    """[ROWS, BLOCK] -> [lanes, V]."""
+    return tl.reshape(tile, [tile.shape[0] * tile.shape[1] // V, V])
+
+
+@triton.jit
+def add_dot(total, a, b):
+    """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
+    if a.shape[1] == 1:
+        return tl.fma(tl.reshape(a, [a.shape[0]]), tl.reshape(b, [a.shape[0]]), total)
+    else:
+        a0, a1 = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+        b0, b1 = tl.split(tl.reshape(b, [a.shape[0], a.shape[1] // 2, 2]))
+        return add_dot(add_dot(total, a0, b0), a1, b1)
 
 
 class Walk(NamedTuple):
@@ -106,7 +132,7 @@ class Walk(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        return dict(ROWS=self.tile_rows, BLOCK=self.block, WIDE=self.wide)
+        return dict(ROWS=self.tile_rows, BLOCK=self.block, FLAT=self.rows == 1, WIDE=self.wide)
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
@@ -122,24 +148,33 @@ class Walk(NamedTuple):
                 wanted.copy_(computed)
 
 
-def walk(*tensors: torch.Tensor | None) -> Walk:
-    """Cover tensors of one shape (None where there is none); copied only where no plane fits all."""
+def trips_of(tiles: int, tile: int) -> int:
+    """Tiles a program: as many as leave enough programs to fill a GPU."""
+    return max(1, min(MAX_TRIPS * TILE // tile, tiles // FILL))
+
+
+def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
+    """Cover tensors of one shape (None where there is none); copied only where no plane fits all. A tile is
+    half as large with more than three tensors; kernels that keep more an element ask for a smaller one."""
     there = [t for t in tensors if t is not None]
+    if len(there) > 3:
+        tile = min(tile, TILE // 2)
     flat, there = contiguous_plane(there)
     rest, strides = iter(there), iter(flat.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     pairs = [(0, 0) if t is None else next(strides) for t in tensors]
     rows, cols = flat.rows, flat.cols
-    block = TILE
+    if rows > 1:
+        tile = min(tile, TILE // 2)  # for the addresses
+    block = tile
     if rows > 1 and cols <= 1024:
         block = 16 if cols <= 16 else 128 if cols <= 128 else 1024
-    tile_rows = TILE // block if rows == 1 else max(1, TILE // block // 2)  # fewer, for their addresses
+    tile_rows = max(1, tile // block)
     row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, block)
-    trips = max(1, min(MAX_TRIPS, row_tiles * col_tiles // FILL))
+    trips = trips_of(row_tiles * col_tiles, tile)
     chunks = triton.cdiv(col_tiles, trips)
     wide = all(
         col == 1 and row % VECTOR == 0 and t.data_ptr() % 16 == 0
         for t, (row, col) in zip(there, flat.strides, strict=True)
     )
-    programs = row_tiles * chunks
-    return Walk(rows, cols, pairs, placed, tile_rows, block, chunks, trips, programs, wide)
+    return Walk(rows, cols, pairs, placed, tile_rows, block, chunks, trips, row_tiles * chunks, wide)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, load, store
-from .launch import kernel, launch
+from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, VECTOR, load, store, tile_at, tile_mask
+from .launch import kernel, launch, scratch
 from .layout import Rows, contiguous_rows, plane
 from .numerics import log, log_any
 from .operators import MEAN, NONE
@@ -21,20 +21,20 @@ from .reduce import reduce_sum
 
 
 @triton.jit
-def entropy_tile(row_tiles, chunks, ROWS: tl.constexpr):
-    """This program's outer index, the row in it that its tiles begin at, and its chunk of columns."""
-    program = tl.program_id(0)
-    tile = program // chunks
-    return (tile // row_tiles).to(tl.int64), (tile % row_tiles).to(tl.int64) * ROWS, program % chunks
+def entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's outer index, and its rows and tiles as elementwise.tiles_of gives them."""
+    tile, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    row = (tile % row_tiles).to(tl.int64) * ROWS
+    start = chunk.to(tl.int64) * trips * BLOCK
+    before = tl.minimum(n_cols - start, trips.to(tl.int64) * BLOCK).to(tl.int32)
+    whole = tl.where(row + ROWS <= n_inner, before // BLOCK, 0)
+    return (tile // row_tiles).to(tl.int64), (row, start, before, whole, tl.cdiv(before, BLOCK) - whole)
 
 
 @triton.jit
-def entropy_at(row, trip, n_inner, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile number `trip` of the rows from `row`, as elementwise.load takes it."""
-    start = trip.to(tl.int64) * BLOCK
-    whole = (row + ROWS <= n_inner) & (start + BLOCK <= n_cols)
-    rows, cols = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
-    return rows, cols, row, start, n_inner, n_cols, whole, False
+def add_entropy(total, p_from, at, mask, WIDE: tl.constexpr):
+    p = load(p_from, at, mask, WIDE)
+    return total + tl.where(p < 0, float("-inf"), -p * log(p))  # log(0) is finite: 0 log 0 = 0
 
 
 @kernel
@@ -42,21 +42,28 @@ def entropy_forward_kernel(
     out_ptr, p_ptr,
     n_inner, n_cols, row_tiles, chunks, trips,
     p_outer_stride, p_inner_stride, p_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    outer, row, chunk = entropy_tile(row_tiles, chunks, ROWS)
-    p_ptr += outer * p_outer_stride
+    outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
+    p_from = (p_ptr + outer * p_outer_stride, p_inner_stride, p_class_stride)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(trips):
-        at = entropy_at(row, chunk * trips + i, n_inner, n_cols, ROWS, BLOCK)
-        p = load(p_ptr, at, p_inner_stride, p_class_stride)
-        total += tl.where(p < 0, float("-inf"), -p * log(p))  # log(0) is finite: 0 log 0 = 0
+    for i in range(plan[3]):
+        total = add_entropy(total, p_from, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
+        total = add_entropy(total, p_from, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
     else:
-        lane = row + tl.arange(0, ROWS)
+        lane = plan[0] + tl.arange(0, ROWS)
         value = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + outer * n_inner + lane, value, mask=lane < n_inner)
+
+
+@triton.jit
+def put_gradient(dp, p_from, g, at, mask, WIDE: tl.constexpr):
+    p = load(p_from, at, mask, WIDE, 1.0)
+    store(dp, -(log_any(p) + 1.0) * g, at, mask, WIDE)
 
 
 @kernel
@@ -64,21 +71,22 @@ def entropy_backward_kernel(
     dp_ptr, dloss_ptr, p_ptr,
     n_inner, n_cols, row_tiles, chunks, trips, scale,
     dp_outer_stride, dp_inner_stride, dp_class_stride, p_outer_stride, p_inner_stride, p_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    outer, row, chunk = entropy_tile(row_tiles, chunks, ROWS)
-    p_ptr += outer * p_outer_stride
-    dp_ptr += outer * dp_outer_stride
+    outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
+    p_from = (p_ptr + outer * p_outer_stride, p_inner_stride, p_class_stride)
+    dp = (dp_ptr + outer * dp_outer_stride, dp_inner_stride, dp_class_stride)
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
     else:
-        lane = row + tl.arange(0, ROWS)
+        lane = plan[0] + tl.arange(0, ROWS)
         g = tl.load(dloss_ptr + outer * n_inner + lane, mask=lane < n_inner, other=0.0)
         g = g.to(tl.float32)[:, None]
-    for i in range(trips):
-        at = entropy_at(row, chunk * trips + i, n_inner, n_cols, ROWS, BLOCK)
-        p = load(p_ptr, at, p_inner_stride, p_class_stride, 1.0)
-        store(dp_ptr, -(log_any(p) + 1.0) * g, at, dp_inner_stride, dp_class_stride)
+    for i in range(plan[3]):
+        put_gradient(dp, p_from, g, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
+        put_gradient(dp, p_from, g, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
 
 
 class Tiling(NamedTuple):
@@ -104,8 +112,12 @@ class Tiling(NamedTuple):
         )  # fmt: skip
 
     @property
-    def constants(self) -> dict[str, int]:
-        return dict(ROWS=self.tile_rows, BLOCK=self.block)
+    def constants(self) -> dict[str, int | bool]:
+        wide = all(
+            t.data_ptr() % 16 == 0 and outer % VECTOR == inner % VECTOR == 0 and classes == 1
+            for t, (outer, inner, classes) in zip(self.tensors, self.walk.strides, strict=True)
+        )
+        return dict(ROWS=self.tile_rows, BLOCK=self.block, WIDE=wide)
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
@@ -144,7 +156,7 @@ def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
 def entropy_forward(out, p, dim, reduction, dtype):
     reduce = reduction != NONE
     to = _tiling(dim, p, join=reduce, split=reduce)
-    parts = torch.empty(to.programs, dtype=torch.float32, device=p.device) if reduce else out
+    parts = scratch(p, to.programs) if reduce else out
     launch(
         entropy_forward_kernel, (to.programs,), parts, *to.tensors,
         scalars=to.scalars | to.stride_scalars("p"),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, store, tile_at, walk
+from .elementwise import NUM_WARPS, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LOG2E
 from .numerics import log, log_positive
@@ -19,11 +19,20 @@ from .reduce import reduce_sum
 
 
 @triton.jit
-def kl_term(x, t, LOG_TARGET: tl.constexpr):
+def add_loss(total, least, out, x_from, t_from, at, mask, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
+             WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """A tile's loss, added to the lanes' totals or written; with the totals, the least target of a lane."""
+    x, t = load(x_from, at, mask, WIDE), load(t_from, at, mask, WIDE)
     if LOG_TARGET:
-        return tl.exp2(t * LOG2E) * (t - x)
+        p, d = tl.exp2(t * LOG2E), t - x
     else:
-        return tl.where(t < 0, float("nan"), t * (log(t) - x))  # log(0) is finite: 0 log 0 = 0
+        p, d = t, log(t) - x  # log(0) is finite: 0 log 0 = 0
+        least = tl.minimum(least, tl.min(lanes(t, V), 1)) if REDUCE else least
+    if REDUCE:
+        total = add_dot(total, lanes(p, V), lanes(d, V))
+    else:
+        store(out, p * d if LOG_TARGET else tl.where(t < 0, float("nan"), p * d), at, mask, WIDE)
+    return total, least
 
 
 @kernel
@@ -32,20 +41,38 @@ def kl_div_forward_kernel(
     n_rows, n_cols, chunks, trips,
     out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        x = load(x_ptr, at, x_row_stride, x_col_stride)
-        t = load(target_ptr, at, target_row_stride, target_col_stride)
-        loss = kl_term(x, t, LOG_TARGET)
-        if REDUCE:
-            total += loss
-        else:
-            store(out_ptr, loss, at, out_row_stride, out_col_stride)
+    out = (out_ptr, out_row_stride, out_col_stride)
+    x, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        total, least = add_loss(total, least, out, x, t, tile_at(i, plan, ROWS, BLOCK), None, LOG_TARGET, REDUCE, WIDE, V)
+    for i in range(plan[3], plan[3] + plan[4]):
+        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        total, least = add_loss(total, least, out, x, t, tile_at(i, plan, ROWS, BLOCK), mask, LOG_TARGET, REDUCE, WIDE, V)
     if REDUCE:
+        total = tl.where(least < 0, float("nan"), total)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def put_gradients(dx, dt, dloss, x_from, t_from, g, at, mask, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
+                  INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    t = load(t_from, at, mask, WIDE)
+    p = tl.exp2(t * LOG2E) if LOG_TARGET else t
+    if not REDUCE:
+        g = load(dloss, at, mask, WIDE)
+    if INPUT_GRAD:
+        store(dx, -g * p, at, mask, WIDE)
+    if TARGET_GRAD:
+        x = load(x_from, at, mask, WIDE)
+        if LOG_TARGET:
+            value = p * (t + 1.0 - x)
+        else:
+            value = tl.where((t > 0) & (t < float("inf")), log_positive(t) + 1.0 - x, float("nan"))
+        store(dt, value * g, at, mask, WIDE)
 
 
 @kernel
@@ -56,25 +83,19 @@ def kl_div_backward_kernel(
     dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    if REDUCE:
-        g = tl.load(dloss_ptr).to(tl.float32) * scale
-    for i in range(trips):
-        at = tile_at(i, n_rows, n_cols, chunks, trips, ROWS, BLOCK, WIDE)
-        t = load(target_ptr, at, target_row_stride, target_col_stride)
-        p = tl.exp2(t * LOG2E) if LOG_TARGET else t
-        if not REDUCE:
-            g = load(dloss_ptr, at, dloss_row_stride, dloss_col_stride)
-        if INPUT_GRAD:
-            store(dx_ptr, -g * p, at, dx_row_stride, dx_col_stride)
-        if TARGET_GRAD:
-            x = load(x_ptr, at, x_row_stride, x_col_stride)
-            if LOG_TARGET:
-                dt = p * (t + 1.0 - x)
-            else:
-                dt = tl.where((t > 0) & (t < float("inf")), log_positive(t) + 1.0 - x, float("nan"))
-            store(dtarget_ptr, dt * g, at, dtarget_row_stride, dtarget_col_stride)
+    dx, dt = (dx_ptr, dx_row_stride, dx_col_stride), (dtarget_ptr, dtarget_row_stride, dtarget_col_stride)
+    dloss = (dloss_ptr, dloss_row_stride, dloss_col_stride)
+    x, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
+    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
+    for i in range(plan[3]):
+        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, ROWS, BLOCK), None,
+                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    for i in range(plan[3], plan[3] + plan[4]):
+        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK),
+                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
 
 
 def _scale(x: torch.Tensor, reduction: int) -> float:
@@ -89,7 +110,7 @@ def kl_div_forward(out, x, target, log_target, reduction, dtype):
     launch(
         kl_div_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target"),
-        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants),
+        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants, V=16 // x.element_size()),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

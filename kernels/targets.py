@@ -20,14 +20,15 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 
 @triton.jit
 def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
-    """A block of w (keep t + shift); for labels, of w shift."""
+    """A block of w (keep t + shift); for labels, of w shift. WEIGHT: the run of class weights that is aligned
+    wherever a row's is, 0 where there are none."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
     q = shift
     if PROBS:
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        q *= load_run(weight_ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
+        q *= load_run(weight_ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
     return q
 
 
