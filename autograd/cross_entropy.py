@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from fusedloss import reference
 from fusedloss.kernels import operators
+from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients, overwritten, writable
+from .gradient import Fused, gradients, handed_over, overwritten, writable
 
 
 class CrossEntropy(Fused):
-    """Saved for backward: the arguments, and one vector: two or three numbers a row, the mean's factors."""
+    """Saved for backward: the arguments, and one vector: two or three numbers a row, the mean's factors;
+    and the gradient, where forward was to compute it."""
 
     @staticmethod
     def forward(
-        ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, inplace, dtype
+        ctx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, place, dtype
     ):
-        loss, z, saved = operators.cross_entropy_forward(
-            x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
-        )
+        arguments = x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+        if place == FORWARD:
+            loss, z, saved, ctx.dx = operators.cross_entropy_forward_grad(*arguments)
+        else:
+            loss, z, saved = operators.cross_entropy_forward(*arguments)
         ctx.save_for_backward(x, target, weight, saved)
         ctx.options = ignore_index, label_smoothing, z_loss, softcap, reduction
-        ctx.inplace, ctx.dtype = inplace, dtype
+        ctx.place, ctx.dtype = place, dtype
         if not z_loss:
             return loss, None
         ctx.mark_non_differentiable(z)
@@ -30,9 +34,11 @@ class CrossEntropy(Fused):
     def backward(ctx, dloss, _):
         x, target, weight, saved = ctx.saved_tensors
         target_grad = ctx.needs_input_grad[1]
-        inplace = ctx.inplace and writable(x, target_grad)
+        inplace = writable(ctx.place, x, target_grad)
 
         def launch(dloss):
+            if (dx := handed_over(ctx, dloss)) is not None:
+                return dx, None
             if inplace:
                 operators.cross_entropy_backward_(dloss, x, target, weight, saved, *ctx.options, False)
                 return overwritten(x), None
@@ -42,6 +48,6 @@ class CrossEntropy(Fused):
             return dx, dtarget if target_grad else None
 
         def composed(x, target):
-            return reference.cross_entropy(x, target, weight, *ctx.options, ctx.inplace, ctx.dtype)
+            return reference.cross_entropy(x, target, weight, *ctx.options, ctx.place, ctx.dtype)
 
         return *gradients(launch, composed, dloss, x, target), *[None] * 8

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fusedloss import reference
 from fusedloss.kernels import operators
+from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients
+from .gradient import Fused, gradients, handed_over
 
 
 class Entropy(Fused):
@@ -32,14 +33,17 @@ class Entropy(Fused):
 
 
 class EntropyWithLogits(Fused):
-    """Saved for backward: the logits, and three numbers a row."""
+    """Saved for backward: the logits, three numbers a row; and the gradient, where forward was to compute it."""
 
     @staticmethod
-    def forward(ctx, x, dim, reduction, dtype):
-        loss, rows = operators.entropy_with_logits_forward(x, dim, reduction, dtype)
+    def forward(ctx, x, dim, reduction, place, dtype):
+        if place == FORWARD:
+            loss, rows, ctx.dx = operators.entropy_with_logits_forward_grad(x, dim, reduction, dtype)
+        else:
+            loss, rows = operators.entropy_with_logits_forward(x, dim, reduction, dtype)
         ctx.save_for_backward(x, rows)
         ctx.options = dim, reduction
-        ctx.dtype = dtype
+        ctx.place, ctx.dtype = place, dtype
         return loss
 
     @staticmethod
@@ -47,9 +51,11 @@ class EntropyWithLogits(Fused):
         x, rows = ctx.saved_tensors
 
         def launch(dloss):
+            if (dx := handed_over(ctx, dloss)) is not None:
+                return (dx,)
             return (operators.entropy_with_logits_backward(dloss, x, rows, *ctx.options),)
 
         def composed(x, _):
-            return reference.entropy_with_logits(x, *ctx.options, ctx.dtype)
+            return reference.entropy_with_logits(x, *ctx.options, ctx.place, ctx.dtype)
 
-        return *gradients(launch, composed, dloss, x), None, None, None
+        return *gradients(launch, composed, dloss, x), *[None] * 4

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fusedloss.kernels import operators
+from fusedloss.reference import INPLACE
+
 
 class Fused(torch.autograd.Function):
     """A Function whose `apply` goes straight to torch's C++: no transform is active where kernels run, and
@@ -74,6 +77,18 @@ def overwritten(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def writable(x: Tensor, target_grad: bool) -> bool:
-    """Whether a gradient that was asked for in place can be: first order, in eager code, x in one piece."""
-    return not (target_grad or torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.is_contiguous()
+def writable(place: int, x: Tensor, target_grad: bool) -> bool:
+    """Whether a gradient is wanted in place, and can be: first order, in eager code, x in one piece."""
+    return (
+        place == INPLACE
+        and not (target_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and x.is_contiguous()
+    )
+
+
+def handed_over(ctx, dloss: Tensor) -> Tensor | None:
+    """The gradient that forward computed, times the upstream gradient: to the first backward alone."""
+    dx = ctx.__dict__.pop("dx", None)
+    if dx is not None:
+        operators.scale_(dloss, dx)
+    return dx

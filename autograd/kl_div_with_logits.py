@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from fusedloss import reference
 from fusedloss.kernels import operators
+from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients
+from .gradient import Fused, gradients, handed_over
 
 
 class KLDivWithLogits(Fused):
-    """Saved for backward: the arguments, and five numbers a row."""
+    """Saved for backward: the arguments, five numbers a row; and the gradient, where forward was to compute it."""
 
     @staticmethod
-    def forward(ctx, x, target, dim, temperature, reverse, reduction, dtype):
-        loss, rows = operators.kl_div_with_logits_forward(
-            x, target, dim, temperature, reverse, reduction, dtype
-        )
+    def forward(ctx, x, target, dim, temperature, reverse, reduction, place, dtype):
+        arguments = x, target, dim, temperature, reverse, reduction, dtype
+        if place == FORWARD:
+            loss, rows, ctx.dx = operators.kl_div_with_logits_forward_grad(*arguments)
+        else:
+            loss, rows = operators.kl_div_with_logits_forward(*arguments)
         ctx.save_for_backward(x, target, rows)
         ctx.options = dim, temperature, reverse, reduction
-        ctx.dtype = dtype
+        ctx.place, ctx.dtype = place, dtype
         return loss
 
     @staticmethod
@@ -27,12 +30,14 @@ class KLDivWithLogits(Fused):
         input_grad, target_grad = ctx.needs_input_grad[:2]
 
         def launch(dloss):
+            if (dx := handed_over(ctx, dloss)) is not None:
+                return dx, None
             dx, dtarget = operators.kl_div_with_logits_backward(
                 dloss, x, target, rows, *ctx.options, input_grad, target_grad
             )
             return dx if input_grad else None, dtarget if target_grad else None
 
         def composed(x, target):
-            return reference.kl_div_with_logits(x, target, *ctx.options, ctx.dtype)
+            return reference.kl_div_with_logits(x, target, *ctx.options, ctx.place, ctx.dtype)
 
-        return *gradients(launch, composed, dloss, x, target), None, None, None, None, None
+        return *gradients(launch, composed, dloss, x, target), *[None] * 6

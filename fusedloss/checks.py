@@ -228,3 +228,8 @@ def kl_div_with_logits(input: Tensor, target: Tensor, dim: int, temperature: flo
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     return dim
+
+
+def given(**extras: Any) -> dict[str, Any]:
+    """The keywords that torch's function has not, where the caller used them: an override knows torch's."""
+    return {name: value for name, value in extras.items() if value not in (None, False, 0.0)}

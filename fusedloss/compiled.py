@@ -111,10 +111,13 @@ def compile_launch(launch: Any, target: str) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile
 
-    options = dict(num_warps=launch.num_warps, enable_fp_fusion=False)
+    from .kernels.launch import warps
+
+    num_warps = warps(launch.num_warps, launch.constants, TARGETS[target][2])
+    options = dict(num_warps=num_warps, enable_fp_fusion=False)
     kernel = compile(source(launch), target=GPUTarget(*TARGETS[target]), options=options)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
-    return Code(name=kernel.metadata.name, target=target, num_warps=launch.num_warps,
+    return Code(name=kernel.metadata.name, target=target, num_warps=num_warps,
                 shared=kernel.metadata.shared, **read(kernel))  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from .reference import BACKWARD, FORWARD, INPLACE, NONE
+
 TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 TARGET_DTYPES = DTYPES | {torch.int64, torch.uint8}
@@ -138,6 +140,23 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
             others = (x.view_as(x), *others[1:])
         return function(name).apply(x, *others)
     return reference(x, *others)
+
+
+def place(x: Tensor, target: Tensor | None, reduction: int, inplace: bool, grad_in_forward: bool) -> int:
+    """Where the kernels are to put the gradient of x."""
+    if not grad_in_forward:
+        return INPLACE if inplace else BACKWARD
+    if inplace:
+        raise ValueError("inplace and grad_in_forward exclude each other: backward, or forward, writes the gradient")
+    wanted = (
+        x.requires_grad
+        and reduction != NONE
+        and x.dtype is not torch.float16
+        and (target is None or not target.requires_grad)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+    return FORWARD if wanted else BACKWARD
 
 
 def _load() -> None:

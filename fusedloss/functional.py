@@ -7,7 +7,7 @@ half-precision inputs.
 """
 
 import warnings
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,18 +15,15 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
-from .dispatch import run
-from .reference import BATCHMEAN, NONE, SUM
+from .checks import given
+from .dispatch import place, run
+from .divergence import entropy, entropy_with_logits, kl_div_with_logits
+from .reference import BATCHMEAN, SUM
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "entropy",
     "entropy_with_logits", "kl_div", "kl_div_with_logits", "nll_loss",
 ]  # fmt: skip
-
-
-def _given(**extras: Any) -> dict[str, Any]:
-    """The keywords that torch's function has not, where the caller used them: an override knows torch's."""
-    return {name: value for name, value in extras.items() if value not in (None, False, 0.0)}
 
 
 def _number(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
@@ -46,6 +43,7 @@ def binary_cross_entropy_with_logits(
     *,
     label_smoothing: float = 0.0,
     inplace: bool = False,
+    grad_in_forward: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Binary cross entropy between logits and target probabilities, in nats.
@@ -67,6 +65,7 @@ def binary_cross_entropy_with_logits(
         inplace: let backward write the input's gradient over the input, which saves its memory: in eager
             code, for a contiguous input and a target that needs no gradient. The input's version then
             tells: autograd raises where its old values are needed. The reference never does it.
+        grad_in_forward: as in :func:`cross_entropy`.
         dtype: of the result. Default: torch's, the target's dtype (float32 for half precision under
             autocast).
 
@@ -90,7 +89,9 @@ def binary_cross_entropy_with_logits(
         return handle_torch_function(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target,
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
-            pos_weight=pos_weight, **_given(label_smoothing=label_smoothing, inplace=inplace, dtype=dtype),
+            pos_weight=pos_weight, **given(
+                label_smoothing=label_smoothing, inplace=inplace, grad_in_forward=grad_in_forward, dtype=dtype
+            ),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
@@ -99,7 +100,8 @@ def binary_cross_entropy_with_logits(
         result = checks.result_dtype(dtype, result, input)
     return run(
         "BCEWithLogits", reference.bce_with_logits,
-        input, target, weight, pos_weight, label_smoothing, number, inplace, result,
+        input, target, weight, pos_weight, label_smoothing, number,
+        place(input, target, number, inplace, grad_in_forward), result,
     )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def binary_cross_entropy(
         return handle_torch_function(
             binary_cross_entropy, (input, target, weight), input, target,
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
-            **_given(dtype=dtype),
+            **given(dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.bce(input, target, weight)
@@ -164,14 +166,14 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
     *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[False] = ...,
-    inplace: bool = ..., dtype: torch.dtype | None = ...,
+    inplace: bool = ..., grad_in_forward: bool = ..., dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
     *, z_loss: float = ..., softcap: float | None = ..., return_z_loss: Literal[True],
-    inplace: bool = ..., dtype: torch.dtype | None = ...,
+    inplace: bool = ..., grad_in_forward: bool = ..., dtype: torch.dtype | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def cross_entropy(
     input: Tensor,
@@ -187,6 +189,7 @@ def cross_entropy(
     softcap: float | None = None,
     return_z_loss: bool = False,
     inplace: bool = False,
+    grad_in_forward: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross entropy between logits and class indices or class probabilities, in nats.
@@ -215,6 +218,11 @@ def cross_entropy(
         inplace: let backward write the input's gradient over the input, which saves its memory: in eager
             code, for a contiguous input and a target that needs no gradient. The input's version then
             tells: autograd raises where its old values are needed. The reference never does it.
+        grad_in_forward: compute the input's gradient in the forward kernel, while its rows are on the chip:
+            loss and gradient then read the logits once. Forward allocates the gradient; backward hands it
+            over, and multiplies it only where the upstream gradient is not 1; a second backward computes it
+            again. For eager calls with a reduction and a target that needs no gradient; not for float16,
+            whose gradients may need a scale before they are rounded. The reference never does it.
         dtype: of the result. Default: torch's, the input's dtype, promoted with that of probability
             targets and their weight (float32 for half precision under autocast).
 
@@ -242,7 +250,8 @@ def cross_entropy(
             cross_entropy, (input, target, weight), input, target,  # type: ignore[arg-type]
             weight=weight, size_average=size_average, ignore_index=ignore_index, reduce=reduce,
             reduction=reduction, label_smoothing=label_smoothing,
-            **_given(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, inplace=inplace, dtype=dtype),
+            **given(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, inplace=inplace,
+                     grad_in_forward=grad_in_forward, dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.cross_entropy(input, target, weight, ignore_index, label_smoothing, z_loss, softcap)
@@ -257,7 +266,8 @@ def cross_entropy(
         result = checks.result_dtype(dtype, result, input)
     loss, z = run(
         "CrossEntropy", reference.cross_entropy,
-        input, target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, number, inplace, result,
+        input, target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, number,
+        place(input, target, number, inplace, grad_in_forward), result,
     )  # fmt: skip
     if not return_z_loss:
         return loss
@@ -314,7 +324,7 @@ def nll_loss(
         return handle_torch_function(
             nll_loss, (input, target, weight), input, target,
             weight=weight, size_average=size_average, ignore_index=ignore_index, reduce=reduce,
-            reduction=reduction, **_given(dtype=dtype),
+            reduction=reduction, **given(dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     checks.nll_loss(input, target, weight, ignore_index)
@@ -372,7 +382,7 @@ def kl_div(
         return handle_torch_function(
             kl_div, (input, target), input, target,
             size_average=size_average, reduce=reduce, reduction=reduction, log_target=log_target,
-            **_given(dtype=dtype),
+            **given(dtype=dtype),
         )  # fmt: skip
     batchmean = reduction == "batchmean"
     if size_average is not None or reduce is not None:
@@ -401,136 +411,3 @@ def kl_div(
         number, batch = BATCHMEAN, None
     loss = run("KLDiv", reference.kl_div, input, target, log_target, number, result)
     return loss if batch is None else loss / batch
-
-
-def kl_div_with_logits(
-    input: Tensor,
-    target: Tensor,
-    *,
-    dim: int = -1,
-    temperature: float = 1.0,
-    reverse: bool = False,
-    reduction: str = "batchmean",
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    r"""Kullback-Leibler divergence between the softmax of two sets of logits, in nats: for distillation.
-
-    .. math::
-        l = T^2 \sum_c p_c (\log p_c - \log q_c), \quad
-        p = \mathrm{softmax}(\mathrm{target} / T),\; q = \mathrm{softmax}(\mathrm{input} / T)
-
-    The factor :math:`T^2` keeps the gradient's size independent of the temperature (Hinton et al.,
-    arXiv:1503.02531). A class with :math:`p_c = 0` adds nothing, even where :math:`q_c = 0` too.
-
-    Args:
-        input: the student's logits.
-        target: the teacher's logits; detach them, or run the teacher under no_grad, if it is not trained.
-        dim: the class dimension.
-        temperature: :math:`T`.
-        reverse: compute KL(input || target) instead of KL(target || input).
-        reduction: ``"batchmean"`` (the sum divided by ``input.shape[0]``), ``"sum"``, ``"mean"`` (over all
-            elements) or ``"none"`` (one value an element, computed by the reference).
-        dtype: of the result. Default: the promoted dtype of both (float32 for half precision under
-            autocast).
-
-    Shape:
-        ``input`` and ``target`` have one shape.
-
-    Returns:
-        The loss. Differentiable with respect to ``input`` and ``target``.
-
-    Raises:
-        TypeError: for tensors that are not of a floating point dtype.
-        ValueError: for shapes that differ, an unknown reduction, a temperature that is not positive.
-        IndexError: for a dimension out of range.
-
-    Example::
-
-        loss = fusedloss.kl_div_with_logits(student(x), teacher(x).detach(), temperature=2.0)
-    """
-    if has_torch_function_variadic(input, target):
-        return handle_torch_function(
-            kl_div_with_logits, (input, target), input, target,
-            dim=dim, temperature=temperature, reverse=reverse, reduction=reduction, **_given(dtype=dtype),
-        )  # fmt: skip
-    number = BATCHMEAN if reduction == "batchmean" else _Reduction.get_enum(reduction)
-    dim = checks.kl_div_with_logits(input, target, dim, temperature)
-    result = checks.result_dtype(dtype, torch.promote_types(input.dtype, target.dtype), input)
-    arguments = (input, target, dim, temperature, reverse, number, result)
-    if number == NONE:  # one value an element is no fusion: nothing is saved over the composition
-        return reference.kl_div_with_logits(*arguments)
-    return run("KLDivWithLogits", reference.kl_div_with_logits, *arguments)
-
-
-def _entropy(
-    public: Any, name: str, compute: Any, input: Tensor, dim: int, reduction: str, dtype: torch.dtype | None
-) -> Tensor:
-    if has_torch_function_variadic(input):
-        return handle_torch_function(public, (input,), input, dim=dim, reduction=reduction, **_given(dtype=dtype))
-    number = _Reduction.get_enum(reduction)
-    dim = checks.class_dim(public.__name__, input, dim)
-    return run(name, compute, input, dim, number, checks.result_dtype(dtype, input.dtype, input))
-
-
-def entropy(input: Tensor, *, dim: int = -1, reduction: str = "none", dtype: torch.dtype | None = None) -> Tensor:
-    r"""Entropy of probabilities, in nats.
-
-    .. math:: H(p) = -\sum_c p_c \log p_c
-
-    With :math:`0 \log 0 = 0`, and the gradient of ``torch.special.entr``.
-
-    Args:
-        input: probabilities :math:`p`.
-        dim: the class dimension.
-        reduction: ``"none"`` (one value a row), ``"mean"`` or ``"sum"`` over the rows.
-        dtype: of the result. Default: the input's (float32 for half precision under autocast).
-
-    Shape:
-        ``input`` of any shape; the result lacks ``dim``.
-
-    Returns:
-        The entropy. Differentiable with respect to ``input``.
-
-    Raises:
-        TypeError: for a tensor that is not of a floating point dtype.
-        ValueError: for an unknown reduction.
-        IndexError: for a dimension out of range.
-
-    Example::
-
-        bonus = fusedloss.entropy(policy, reduction="mean")
-    """
-    return _entropy(entropy, "Entropy", reference.entropy, input, dim, reduction, dtype)
-
-
-def entropy_with_logits(
-    input: Tensor, *, dim: int = -1, reduction: str = "none", dtype: torch.dtype | None = None
-) -> Tensor:
-    r"""Entropy of the softmax of logits, in nats.
-
-    .. math:: H(x) = \mathrm{lse}(x) - \sum_c \mathrm{softmax}(x)_c\, x_c
-
-    Args:
-        input: logits :math:`x`; a class of -inf has probability 0 and adds nothing.
-        dim: the class dimension.
-        reduction: ``"none"`` (one value a row), ``"mean"`` or ``"sum"`` over the rows.
-        dtype: of the result. Default: the input's (float32 for half precision under autocast).
-
-    Shape:
-        ``input`` of any shape; the result lacks ``dim``.
-
-    Returns:
-        The entropy. Differentiable with respect to ``input``.
-
-    Raises:
-        TypeError: for a tensor that is not of a floating point dtype.
-        ValueError: for an unknown reduction.
-        IndexError: for a dimension out of range.
-
-    Example::
-
-        bonus = fusedloss.entropy_with_logits(logits, reduction="mean")
-    """
-    return _entropy(
-        entropy_with_logits, "EntropyWithLogits", reference.entropy_with_logits, input, dim, reduction, dtype
-    )

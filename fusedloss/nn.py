@@ -27,11 +27,13 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         weight, size_average, reduce, reduction, pos_weight: torch's.
         label_smoothing: targets become ``t (1 - label_smoothing) + label_smoothing / 2``.
         inplace: let backward write the gradient over the input.
+        grad_in_forward: compute the gradient in the forward kernel.
         dtype: of the result; ``torch.float32`` gives the unrounded loss of half-precision inputs.
     """
 
     label_smoothing: float = 0.0
     inplace: bool = False
+    grad_in_forward: bool = False
     dtype: torch.dtype | None = None
 
     def __init__(
@@ -44,15 +46,18 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         *,
         label_smoothing: float = 0.0,
         inplace: bool = False,
+        grad_in_forward: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
-        self.label_smoothing, self.inplace, self.dtype = label_smoothing, inplace, dtype
+        self.label_smoothing, self.dtype = label_smoothing, dtype
+        self.inplace, self.grad_in_forward = inplace, grad_in_forward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(
             input, target, self.weight, None, None, self.reduction, self.pos_weight,
-            label_smoothing=self.label_smoothing, inplace=self.inplace, dtype=self.dtype,
+            label_smoothing=self.label_smoothing, inplace=self.inplace, grad_in_forward=self.grad_in_forward,
+            dtype=self.dtype,
         )  # fmt: skip
 
 
@@ -86,6 +91,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: logits become ``softcap tanh(x / softcap)``.
         return_z_loss: return ``(loss, z term)``.
         inplace: let backward write the gradient over the input.
+        grad_in_forward: compute the gradient in the forward kernel.
         dtype: of the result; ``torch.float32`` gives the unrounded loss of half-precision inputs.
     """
 
@@ -93,6 +99,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     softcap: float | None = None
     return_z_loss: bool = False
     inplace: bool = False
+    grad_in_forward: bool = False
     dtype: torch.dtype | None = None
 
     def __init__(
@@ -108,17 +115,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: float | None = None,
         return_z_loss: bool = False,
         inplace: bool = False,
+        grad_in_forward: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.return_z_loss = z_loss, softcap, return_z_loss
-        self.inplace, self.dtype = inplace, dtype
+        self.inplace, self.grad_in_forward, self.dtype = inplace, grad_in_forward, dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
         return F.cross_entropy(  # type: ignore[call-overload]
             input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing,
-            z_loss=self.z_loss, softcap=self.softcap, return_z_loss=self.return_z_loss, inplace=self.inplace,
-            dtype=self.dtype,
+            z_loss=self.z_loss, softcap=self.softcap, return_z_loss=self.return_z_loss,
+            inplace=self.inplace, grad_in_forward=self.grad_in_forward, dtype=self.dtype,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
+BACKWARD, INPLACE, FORWARD = range(3)  # where kernels put a gradient; the reference has no choice
 HALF = frozenset((torch.float16, torch.bfloat16))
 _SINGLE_DOUBLE = frozenset((torch.float32, torch.float64))
 _FLOATS = HALF | _SINGLE_DOUBLE
@@ -58,7 +59,7 @@ def bce_with_logits(
     pos_weight: Tensor | None,
     label_smoothing: float,
     reduction: int,
-    inplace: bool,
+    place: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """(1 - t) softplus(x) + p t softplus(-x): the two terms have one sign, so neither tail cancels."""
@@ -110,7 +111,7 @@ def cross_entropy(
     z_loss: float,
     softcap: float,
     reduction: int,
-    inplace: bool,
+    place: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """torch's own, of softcap tanh(x / softcap), plus z_loss lse^2; and that term apart, detached."""
@@ -182,6 +183,7 @@ def kl_div_with_logits(
     temperature: float,
     reverse: bool,
     reduction: int,
+    place: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """T^2 p (log p - log q), p = softmax(target / T) and q = softmax(x / T); `reverse` swaps p and q."""
@@ -202,7 +204,7 @@ def entropy(p: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:
     return _reduce(torch.special.entr(p).sum(dim), reduction, dtype)
 
 
-def entropy_with_logits(x: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:
+def entropy_with_logits(x: Tensor, dim: int, reduction: int, place: int, dtype: torch.dtype) -> Tensor:
     """The entropy of softmax(x) over `dim`."""
     (x,) = _widen(dtype, x)
     log_p = torch.log_softmax(x, dim)

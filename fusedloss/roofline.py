@@ -124,7 +124,7 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
     found = []
     for launch in launches(lambda: forward_backward(case, inputs, reduction=reduction)):
         code = compile_launch(launch, gpu.target)
-        if code.name in ("sum_kernel", "means_kernel"):
+        if code.name in ("sum_kernel", "means_kernel", "factors_kernel", "scale_kernel"):
             continue
         forward = "forward" in code.name
         if flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +194,14 @@ def _entropy_logits_torch(x, reduction="none"):
     return _reduce(-(log_p.exp() * log_p).sum(-1), reduction)
 
 
+def _in_forward(case: Case, dense: int) -> Case:
+    """The case with the gradient computed in forward, which reads the logits once; backward hands it over."""
+    return case._replace(
+        name=f"{case.loss}/grad_in_forward", ours=partial(case.ours, grad_in_forward=True), differentiable=1,
+        forward_bytes=(2, dense), backward_bytes=(0, 0),
+    )  # fmt: skip
+
+
 def _cross_entropy(name: str, make: Callable[..., Inputs], dense: bool = False, equivalent=F.cross_entropy) -> Case:
     t = int(dense)
     return Case(
@@ -209,6 +218,11 @@ def _bce(name: str, make: Callable[..., Inputs], reads: int = 1, equivalent=_bce
 
 
 KL_REDUCTIONS = ("none", "mean", "sum", "batchmean")
+
+_KL_LOGITS = Case(
+    "kl_div_with_logits/plain", ours.kl_div_with_logits, _dense("logits"), _kl_logits_torch, _kl_logits_naive,
+    KL_REDUCTIONS[1:], 2,
+)  # fmt: skip
 
 CASES: tuple[Case, ...] = (
     _cross_entropy("index", _index()),
@@ -236,8 +250,7 @@ CASES: tuple[Case, ...] = (
          backward_bytes=(1, 1)),
     Case("kl_div/log_target", ours.kl_div, _dense("both log", log_target=True), F.kl_div, _kl_naive,
          KL_REDUCTIONS, 2, backward_bytes=(1, 1)),
-    Case("kl_div_with_logits/plain", ours.kl_div_with_logits, _dense("logits"), _kl_logits_torch,
-         _kl_logits_naive, KL_REDUCTIONS[1:], 2),
+    _KL_LOGITS,
     Case("kl_div_with_logits/temperature", ours.kl_div_with_logits, _dense("logits", temperature=2.0),
          _kl_logits_torch, _kl_logits_naive, KL_REDUCTIONS[1:], 2),
     Case("kl_div_with_logits/reverse", ours.kl_div_with_logits, _dense("logits", temperature=2.0, reverse=True),
@@ -247,6 +260,9 @@ CASES: tuple[Case, ...] = (
     Case("entropy_with_logits/plain", ours.entropy_with_logits, _single(False), _entropy_logits_torch,
          lambda x, reduction="none": _entropy_naive(torch.softmax(x, -1), reduction),
          forward_bytes=(1, 0), backward_bytes=(2, 0)),
+    _in_forward(_cross_entropy("index", _index()), 0),
+    _in_forward(_bce("plain", _dense("binary")), 1),
+    _in_forward(_KL_LOGITS, 1),
 )  # fmt: skip
 
 

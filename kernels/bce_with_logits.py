@@ -40,9 +40,18 @@ def bce_terms(x, t, p, POS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def add_loss(total, q, out, sources, smooth, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
-             SMOOTH: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """A tile's loss, added to the lanes' totals or written; of a plain sum, log1p(e) goes into q instead."""
+def input_gradient(x, t, p, g, POS_WEIGHT: tl.constexpr):
+    # exp(-x) and its bound, at which sigmoid(x) is still a normal number
+    u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
+    return tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-g / (1.0 + u))
+
+
+@triton.jit
+def add_loss(total, q, out, dx, sources, smooth, g, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
+             SMOOTH: tl.constexpr, REDUCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
+             V: tl.constexpr):  # fmt: skip
+    """A tile's loss, added to the lanes' totals or written; of a plain sum, log1p(e) goes into q instead.
+    With GRAD, its gradient times g as well."""
     x = load(sources[0], at, mask, WIDE, -1e30)  # adds nothing where there is none
     t = load(sources[1], at, mask, WIDE)
     p = load(sources[3], at, mask, WIDE) if POS_WEIGHT else 1.0
@@ -59,6 +68,8 @@ def add_loss(total, q, out, sources, smooth, at, mask, WEIGHT: tl.constexpr, POS
     else:
         a += log1p_unit(e)
     w = load(sources[2], at, mask, WIDE) if WEIGHT else 1.0
+    if GRAD:
+        store(dx, input_gradient(x, t, p, g * w, POS_WEIGHT), at, mask, WIDE)
     if REDUCE and WEIGHT:
         total = add_dot(total, lanes(a, V), lanes(w, V))
     elif REDUCE:
@@ -70,26 +81,28 @@ def add_loss(total, q, out, sources, smooth, at, mask, WEIGHT: tl.constexpr, POS
 
 @kernel
 def bce_with_logits_forward_kernel(
-    out_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
-    n_rows, n_cols, chunks, trips, keep, shift,
-    out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    out_ptr, dx_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
+    n_rows, n_cols, chunks, trips, keep, shift, scale,
+    out_row_stride, out_col_stride, dx_row_stride, dx_col_stride,
+    x_row_stride, x_col_stride, target_row_stride, target_col_stride,
     weight_row_stride, weight_col_stride, pos_weight_row_stride, pos_weight_col_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+    GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
-    out = (out_ptr, out_row_stride, out_col_stride)
+    out, dx = (out_ptr, out_row_stride, out_col_stride), (dx_ptr, dx_row_stride, dx_col_stride)
     sources = ((x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride),
                (weight_ptr, weight_row_stride, weight_col_stride),
                (pos_weight_ptr, pos_weight_row_stride, pos_weight_col_stride))  # fmt: skip
     total, q = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
-        total, q = add_loss(total, q, out, sources, (keep, shift), tile_at(i, plan, ROWS, BLOCK), None,
-                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, WIDE, V)  # fmt: skip
+        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, tile_at(i, plan, ROWS, BLOCK), None,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, WIDE, V)  # fmt: skip
     for i in range(plan[3], plan[3] + plan[4]):
         mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, q = add_loss(total, q, out, sources, (keep, shift), tile_at(i, plan, ROWS, BLOCK), mask,
-                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, WIDE, V)  # fmt: skip
+        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, tile_at(i, plan, ROWS, BLOCK), mask,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, WIDE, V)  # fmt: skip
     if REDUCE and not WEIGHT and not POS_WEIGHT:
         total += log1p(q)
     if REDUCE:
@@ -110,10 +123,7 @@ def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.conste
         t = load(sources[1], at, mask, WIDE)
         if SMOOTH:
             t = tl.fma(t, smooth[0], smooth[1])
-        # exp(-x) and its bound, at which sigmoid(x) is still a normal number
-        u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
-        value = tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-g / (1.0 + u))
-        store(dx, value, at, mask, WIDE)
+        store(dx, input_gradient(x, t, p, g, POS_WEIGHT), at, mask, WIDE)
     if TARGET_GRAD:
         value = -x
         if POS_WEIGHT:
@@ -156,23 +166,31 @@ def _smoothing(label_smoothing: float) -> dict[str, float]:
 
 
 def bce_with_logits_forward(out, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
-    reduce = reduction != NONE
-    to = walk(None if reduce else out, x, target, weight, pos_weight)
+    _forward(out, None, x, target, weight, pos_weight, label_smoothing, reduction)
+
+
+def bce_with_logits_forward_grad(outputs, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
+    """With the gradient of x."""
+    _forward(*outputs, x, target, weight, pos_weight, label_smoothing, reduction)
+
+
+def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction):
+    reduce, scale = reduction != NONE, 1.0 / x.numel() if reduction == MEAN else 1.0
+    to = walk(None if reduce else out, dx, x, target, weight, pos_weight)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_with_logits_forward_kernel, (to.programs,), parts, *to.tensors[1:],
-        scalars=to.scalars | _smoothing(label_smoothing)
-        | to.stride_scalars("out", "x", "target", "weight", "pos_weight"),
+        scalars=to.scalars | _smoothing(label_smoothing) | dict(scale=scale)
+        | to.stride_scalars("out", "dx", "x", "target", "weight", "pos_weight"),
         constants=dict(
             WEIGHT=weight is not None, POS_WEIGHT=pos_weight is not None, SMOOTH=label_smoothing != 0.0,
-            REDUCE=reduce, **to.constants, V=16 // x.element_size(),
+            REDUCE=reduce, GRAD=dx is not None, **to.constants, V=16 // x.element_size(),
         ),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:
-        reduce_sum(out, parts, 1.0 / x.numel() if reduction == MEAN else 1.0)
-    else:
-        to.restore(out)
+        reduce_sum(out, parts, scale)
+    to.restore(None if reduce else out, dx)
 
 
 def bce_with_logits_backward(

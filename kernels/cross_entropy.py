@@ -10,31 +10,33 @@ its part of the loss is softplus(lse of the others - x_y), which a confident lab
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .launch import kernel, launch, scratch
 from .layout import vector
 from .logsumexp import lse_join, lse_meet, lse_start, lse_update
-from .numerics import LN2, log_sum, scale2, sigmoid, softplus
+from .numerics import LN2, log_sum, softplus
 from .operators import MEAN, NONE
-from .reduce import reduce_means
+from .reduce import count_factors, reduce_means
 from .rowwise import (
-    EDGE, at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col,
-    rows_at, schedule, store_block, total,
+    EDGE, at_label, block_lanes, clean_col, column, edge_cols, masked_col, rows_at, schedule, total,
 )  # fmt: skip
-from .targets import load_label, load_label_logit, load_others, load_q, load_x, meet_label
+from .targets import (
+    label_gradient, load_label, load_label_logit, load_others, load_q, load_x, meet_label,
+    probabilities_gradient, put_rows,
+)  # fmt: skip
 from .tiling import VECTOR, row_walk, stride_scalars
 
 
 @kernel
 def cross_entropy_forward_kernel(
-    loss_ptr, z_ptr, rows_ptr, x_ptr, target_ptr, weight_ptr,
-    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap,
+    loss_ptr, z_ptr, rows_ptr, dx_ptr, x_ptr, target_ptr, weight_ptr,
+    inner, n_cols, n_rows, ignore_index, keep, shift, z_factor, softcap, factor,
+    dx_outer, dx_inner, dx_class_stride,
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
-    HINT: tl.constexpr,
+    REDUCE: tl.constexpr, GRAD: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = U * T * V
     DENSE: tl.constexpr = PROBS or SMOOTH
@@ -99,36 +101,17 @@ def cross_entropy_forward_kernel(
             loss += z_loss
             tl.store(z_ptr + row, z_loss.to(z_ptr.dtype.element_ty), mask=live)
         tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_values,
-                  PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
-                  TARGET_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """dx = P 2^u - g q, and dy at the label, for one block; dtarget = g keep w (lse - x). Bounds None: a
-    whole block without the label. Rows that are not kept read nothing, and -inf gives 0."""
-    dx_ptr, dx_at, dx_stride, dt_ptr, dt_at, dt_stride = to
-    m, p, g, dy, lse = row_values
-    x = load_x(x_from, col, lane, bounds, CAP, HINT)
-    u = scale2(x, m)
-    dx = p * tl.exp2(u)
-    if PROBS or SMOOTH:
-        dx = tl.fma(-g, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT), dx)
-    mask = None
-    if bounds is not None:
-        dx = tl.where(is_label, dy, dx)
-        mask = block_mask(live, col, lane, (bounds[1], bounds[2]), HINT)
-    if CAP:
-        share = x / x_from[3]
-        dx *= tl.fma(-share, share, 1.0)
-        if bounds is not None:
-            dx = tl.where(column(bounds[0]), dx, 0.0)
-    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
-    if TARGET_GRAD:
-        dt = g * q_from[4] * tl.fma(u, -LN2, lse)
-        if WEIGHT:
-            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
-        store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
+    if GRAD:
+        scale_ptr = rows_ptr + (3 if DENSE else 2) * n_rows
+        g = tl.where(kept, tl.load(scale_ptr) if COUNTED else factor, 0.0)
+        g_z = tl.where(kept, tl.load(scale_ptr + 1) if COUNTED else factor, 0.0)
+        if PROBS:
+            p, dy, lse = probabilities_gradient(g, g_z, m, s, b, z_factor, Z)
+        else:
+            p, dy = label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH, Z)
+        to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride, None, 0, 0)
+        put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
+                 PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, T, V, HINT)  # fmt: skip
 
 
 @kernel
@@ -141,7 +124,6 @@ def cross_entropy_backward_kernel(
     REDUCE: tl.constexpr, TARGET_GRAD: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
     U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     row = outer * inner + d
@@ -161,49 +143,19 @@ def cross_entropy_backward_kernel(
         g = tl.load(dloss_ptr + outer * dloss_outer + d * dloss_inner, mask=live, other=0.0).to(tl.float32)
         g_z = g
     g, g_z = tl.where(kept, g, 0.0), tl.where(kept, g_z, 0.0)
-    dense = tl.full(d.shape, 0.0, tl.float32)
-    if PROBS or SMOOTH:
-        dense = g * tl.load(at + 2 * n_rows, mask=kept, other=0.0)
+    b = tl.load(at + 2 * n_rows, mask=kept, other=0.0) if PROBS or SMOOTH else 0.0
     if PROBS:
-        lse = log_sum(s)
-        if Z:
-            dense = tl.fma(2.0 * z_factor * g_z, tl.fma(m, LN2, lse), dense)
-        p, dy = dense / s, dense
+        p, dy, lse = probabilities_gradient(g, g_z, m, s, b, z_factor, Z)
     else:
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         if IN_PLACE:
             tl.debug_barrier()  # every thread has read the label's logit before one writes there
         u_y, z, lse, full_lse = meet_label(x_y, m, s)
-        dense = tl.fma(g * w_y, shift, dense) if SMOOTH else dense
-        if Z:
-            dense = tl.fma(2.0 * z_factor * g_z, full_lse, dense)
-        hard = g * w_y * keep
-        p = (hard + dense) / (s + tl.exp2(u_y))
-        dy = tl.fma(dense, sigmoid(-z), -hard * sigmoid(z))
-        if SMOOTH:
-            dy = tl.fma(-g * w_y, shift, dy)
+        p, dy = label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH, Z)
     to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
           dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
-    values = (column(m), column(p), column(g), column(dy), column(lse))
-    plan = schedule(x_at, n_cols, label, kept, ROWS, BLOCK, HINT)
-    lane = block_lanes(U, T, V)
-    if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            col = clean_col(i, plan, BLOCK)
-            put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            col = masked_col(i, plan, BLOCK)
-            put_gradients(to, x_from, q_from, col, lane, (kept, plan[0], plan[1]), live,
-                          at_label(col, label, U, T, V), values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradients(to, x_from, q_from, 0, edge, (kept, 0, n_cols), live, edge == label, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, 1)  # fmt: skip
+    put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
+             PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
 
 
 def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
@@ -230,28 +182,49 @@ def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
     loss, z, saved = outputs
+    _forward(loss, z, saved, None, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+
+
+def cross_entropy_forward_grad(
+    outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
+):
+    """With the gradient of x. A mean's factor is known first: labels are counted, or weighed, before."""
+    loss, z, saved, dx = outputs
+    if reduction == MEAN and not target.is_floating_point():
+        count_factors(saved[-2:], target.reshape(-1), weight, x.size(min(1, x.dim() - 1)), ignore_index)
+    _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+
+
+def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction):
     dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
     loads = 1 if weight is not None and dense else 2 if dense or softcap else 4
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, narrow=2 if dense else 1, loads=loads)
+    walk = row_walk(
+        min(1, x.dim() - 1), x, target if probs else None, dx,
+        narrow=2 if dx is None and not dense else 4, loads=loads, twice=dx is not None,
+    )  # fmt: skip
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
     launch(
-        cross_entropy_forward_kernel, (walk.programs,), parts, z, saved, walk.tensors[0], target, weight,
+        cross_entropy_forward_kernel, (walk.programs,),
+        parts, z, saved, walk.tensors[2], walk.tensors[0], target, weight,
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index,
             **_options(walk.cols, label_smoothing, z_loss, softcap),
-            **stride_scalars(("x", walk.strides[0]), ("target", target_strides)),
+            factor=1.0 / walk.rows if reduction == MEAN else 1.0,
+            **stride_scalars(("dx", walk.strides[2]), ("x", walk.strides[0]), ("target", target_strides)),
         ),
         constants=dict(
             PROBS=probs, WEIGHT=_weight_run(weight, walk), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
-            CAP=softcap != 0.0, REDUCE=reduce, **walk.shape.constants,
+            CAP=softcap != 0.0, REDUCE=reduce, GRAD=dx is not None,
+            COUNTED=reduction == MEAN and not probs, **walk.shape.constants,
         ),
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
         reduce_means(loss, z, saved, saved.numel() - 2, parts, z_loss != 0.0, reduction == MEAN)
+    walk.restore(2, dx)
 
 
 def cross_entropy_backward(

@@ -39,7 +39,8 @@ def tiles_of(n_rows, n_cols, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def tile_at(i, plan, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Tile i: its rows [ROWS, 1] and columns [1, BLOCK] within it, its first row and column."""
-    return tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :], plan[0], plan[1] + (tl.full([], 0, tl.int64) + i) * BLOCK
+    start = plan[1] + (tl.full([], 0, tl.int64) + i) * BLOCK
+    return tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :], plan[0], start
 
 
 @triton.jit

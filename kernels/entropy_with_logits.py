@@ -63,11 +63,44 @@ def entropy_join(state):
     return top, row_sum(s), row_sum(a)
 
 
+@triton.jit
+def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
+    """dx = k 2^u (u - mean) for one block."""
+    dx_ptr, dx_at, dx_stride = to
+    m, mean, k = values
+    u = scale2(load_x(x_from, col, lane, bounds, HINT), m)
+    dx = k * tl.exp2(u) * (tl.maximum(u, LOWEST) - mean)
+    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
+    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
+
+
+@triton.jit
+def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
+             V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
+    last, shared among the programs of the second grid axis."""
+    x_at, n_cols, live = rows
+    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U * T * V, HINT)
+    lane = block_lanes(U, T, V)
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            put_gradient(to, x_from, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values, HINT)
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, U * T * V)
+            put_gradient(to, x_from, col, lane, (live, plan[0], plan[1]), values, HINT)
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+            edge = edge_cols(plan)
+            put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
+
+
 @kernel
 def entropy_with_logits_forward_kernel(
-    loss_ptr, stats_ptr, x_ptr,
-    inner, n_cols, n_rows, x_outer, x_inner, x_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    loss_ptr, stats_ptr, dx_ptr, x_ptr,
+    inner, n_cols, n_rows, scale, dx_outer, dx_inner, dx_class_stride, x_outer, x_inner, x_class_stride,
+    REDUCE: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
     HINT: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = U * T * V
@@ -106,17 +139,10 @@ def entropy_with_logits_forward_kernel(
         tl.store(loss_ptr + tl.program_id(0), total(loss))
     else:
         tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
-    """dx = k 2^u (u - mean) for one block."""
-    dx_ptr, dx_at, dx_stride = to
-    m, mean, k = values
-    u = scale2(load_x(x_from, col, lane, bounds, HINT), m)
-    dx = k * tl.exp2(u) * (tl.maximum(u, LOWEST) - mean)
-    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
-    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
+    if GRAD:
+        values = (column(m), column(mean), column(scale / s * -LN2))
+        to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
+        put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, T, V, HINT)
 
 
 @kernel
@@ -127,7 +153,6 @@ def entropy_with_logits_backward_kernel(
     REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
     HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     row = outer * inner + d
@@ -143,21 +168,7 @@ def entropy_with_logits_backward_kernel(
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
-    label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(x_at, n_cols, label, live, ROWS, BLOCK, HINT)
-    lane = block_lanes(U, T, V)
-    if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradient(to, x_from, clean_col(i, plan, BLOCK), lane, None, values, HINT)
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            col = masked_col(i, plan, BLOCK)
-            put_gradient(to, x_from, col, lane, (live, plan[0], plan[1]), values, HINT)
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
+    put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, T, V, HINT)
 
 
 def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
@@ -165,20 +176,30 @@ def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:
 
 
 def entropy_with_logits_forward(outputs, x, dim, reduction, dtype):
-    loss, stats = outputs
-    walk = row_walk(dim, x, narrow=4, loads=2)
+    _forward(*outputs, None, x, dim, reduction)
+
+
+def entropy_with_logits_forward_grad(outputs, x, dim, reduction, dtype):
+    """With the gradient of x."""
+    _forward(*outputs, x, dim, reduction)
+
+
+def _forward(loss, stats, dx, x, dim, reduction):
+    walk = row_walk(dim, x, dx, narrow=4, loads=2, twice=dx is not None)
     reduce = reduction != NONE
     parts = scratch(x, walk.programs) if reduce else loss
     launch(
-        entropy_with_logits_forward_kernel, (walk.programs,), parts, stats, *walk.tensors,
+        entropy_with_logits_forward_kernel, (walk.programs,), parts, stats, walk.tensors[1], walk.tensors[0],
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, **stride_scalars(("x", walk.strides[0]))
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, scale=_scale(x, dim, reduction),
+            **stride_scalars(("dx", walk.strides[1]), ("x", walk.strides[0])),
         ),
-        constants=dict(REDUCE=reduce, **walk.shape.constants),
+        constants=dict(REDUCE=reduce, GRAD=dx is not None, **walk.shape.constants),
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
         reduce_sum(loss, parts, _scale(x, dim, reduction))
+    walk.restore(1, dx)
 
 
 def entropy_with_logits_backward(dx, dloss, x, stats, dim, reduction):

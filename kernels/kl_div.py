@@ -48,10 +48,11 @@ def kl_div_forward_kernel(
     total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
-        total, least = add_loss(total, least, out, x, t, tile_at(i, plan, ROWS, BLOCK), None, LOG_TARGET, REDUCE, WIDE, V)
+        at = tile_at(i, plan, ROWS, BLOCK)
+        total, least = add_loss(total, least, out, x, t, at, None, LOG_TARGET, REDUCE, WIDE, V)
     for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, least = add_loss(total, least, out, x, t, tile_at(i, plan, ROWS, BLOCK), mask, LOG_TARGET, REDUCE, WIDE, V)
+        at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        total, least = add_loss(total, least, out, x, t, at, mask, LOG_TARGET, REDUCE, WIDE, V)
     if REDUCE:
         total = tl.where(least < 0, float("nan"), total)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))

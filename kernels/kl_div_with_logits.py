@@ -81,12 +81,57 @@ def kl_meet(one, other):
     return top1, s1 + t1, top2, s2 + t2, a + b
 
 
+@triton.jit
+def put_gradients(to, pair_from, factor, col, lane, bounds, values, FIRST_GRAD: tl.constexpr,
+                  SECOND_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """d1 = k1 ln 2 2^u1 ((u1 - u2) - mean) and d2 = k2 2^u2 - k1 2^u1 for one block, k = g / s."""
+    d1_ptr, d1_at, d1_stride, d2_ptr, d2_at, d2_stride = to
+    m1, k1, m2, k2, mean = values
+    y1, y2 = load_pair(pair_from, col, lane, bounds, HINT)
+    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
+    u1, u2 = tl.fma(y1, factor, -m1), tl.fma(y2, factor, -m2)
+    w = tl.exp2(u1)
+    if FIRST_GRAD:
+        d1 = tl.where(w > 0, k1 * LN2 * w * (u1 - u2 - mean), k1 * w)
+        store_block(block_at(d1_ptr, d1_at, col, lane, d1_stride, HINT), d1, mask)
+    if SECOND_GRAD:
+        d2 = k2 * tl.exp2(u2) - k1 * w  # exactly 0 where the logits are equal
+        store_block(block_at(d2_ptr, d2_at, col, lane, d2_stride, HINT), d2, mask)
+
+
+@triton.jit
+def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr,
+             ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
+    last, shared among the programs of the second grid axis."""
+    first_at, n_cols, live = rows
+    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U * T * V, HINT)
+    lane = block_lanes(U, T, V)
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            put_gradients(to, pair_from, factor, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values,
+                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, U * T * V)
+            put_gradients(to, pair_from, factor, col, lane, (live, plan[0], plan[1]), values,
+                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+            edge = edge_cols(plan)
+            put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
+                          FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
+
+
 @kernel
 def kl_div_with_logits_forward_kernel(
-    loss_ptr, stats_ptr, first_ptr, second_ptr,
-    inner, n_cols, n_rows, factor,
+    loss_ptr, stats_ptr, d1_ptr, d2_ptr, first_ptr, second_ptr,
+    inner, n_cols, n_rows, factor, scale,
+    d1_outer, d1_inner, d1_class_stride, d2_outer, d2_inner, d2_class_stride,
     first_outer, first_inner, first_class_stride, second_outer, second_inner, second_class_stride,
-    ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = U * T * V
     outer, d = rows_at(inner, ROWS)
@@ -120,24 +165,12 @@ def kl_div_with_logits_forward_kernel(
     tl.store(at + 4 * n_rows, mean, mask=live)
     loss = tl.fma(mean, LN2, log_sum(s2 / s1))
     tl.store(loss_ptr + tl.program_id(0), total(tl.where(live & ~(loss < 0), loss, 0.0)))
-
-
-@triton.jit
-def put_gradients(to, pair_from, factor, col, lane, bounds, values, FIRST_GRAD: tl.constexpr,
-                  SECOND_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """d1 = k1 ln 2 2^u1 ((u1 - u2) - mean) and d2 = k2 2^u2 - k1 2^u1 for one block, k = g / s."""
-    d1_ptr, d1_at, d1_stride, d2_ptr, d2_at, d2_stride = to
-    m1, k1, m2, k2, mean = values
-    y1, y2 = load_pair(pair_from, col, lane, bounds, HINT)
-    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
-    u1, u2 = tl.fma(y1, factor, -m1), tl.fma(y2, factor, -m2)
-    w = tl.exp2(u1)
-    if FIRST_GRAD:
-        d1 = tl.where(w > 0, k1 * LN2 * w * (u1 - u2 - mean), k1 * w)
-        store_block(block_at(d1_ptr, d1_at, col, lane, d1_stride, HINT), d1, mask)
-    if SECOND_GRAD:
-        d2 = k2 * tl.exp2(u2) - k1 * w  # exactly 0 where the logits are equal
-        store_block(block_at(d2_ptr, d2_at, col, lane, d2_stride, HINT), d2, mask)
+    if FIRST_GRAD or SECOND_GRAD:
+        values = (column(m1), column(scale / s1), column(m2), column(scale / s2), column(mean))
+        to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
+              d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
+        put_rows(to, pair_from, factor, values, (first_at, n_cols, live),
+                 FIRST_GRAD, SECOND_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
 
 
 @kernel
@@ -149,7 +182,6 @@ def kl_div_with_logits_backward_kernel(
     FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
     T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     at = stats_ptr + outer * inner + d
@@ -163,24 +195,8 @@ def kl_div_with_logits_backward_kernel(
                  second_ptr, column(second_at), second_class_stride)  # fmt: skip
     to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
           d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
-    label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(first_at, n_cols, label, live, ROWS, BLOCK, HINT)
-    lane = block_lanes(U, T, V)
-    if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradients(to, pair_from, factor, clean_col(i, plan, BLOCK), lane, None, values,
-                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            col = masked_col(i, plan, BLOCK)
-            put_gradients(to, pair_from, factor, col, lane, (live, plan[0], plan[1]), values,
-                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
-                          FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
+    put_rows(to, pair_from, factor, values, (first_at, n_cols, live),
+             FIRST_GRAD, SECOND_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
 
 
 def _scale(x: torch.Tensor, reduction: int) -> float:
@@ -193,20 +209,35 @@ def _sides(x, target, reverse: bool):
 
 
 def kl_div_with_logits_forward(outputs, x, target, dim, temperature, reverse, reduction, dtype):
-    loss, stats = outputs
-    walk = row_walk(dim, x, target, narrow=4, loads=2)
-    strides = _sides(*walk.strides, reverse)
+    _forward(*outputs, None, x, target, dim, temperature, reverse, reduction)
+
+
+def kl_div_with_logits_forward_grad(outputs, x, target, dim, temperature, reverse, reduction, dtype):
+    """With the gradient of x."""
+    _forward(*outputs, x, target, dim, temperature, reverse, reduction)
+
+
+def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
+    walk = row_walk(dim, x, target, dx, narrow=4, loads=2, twice=dx is not None)
+    nothing = (0, 0, 0)
+    strides = [*_sides(walk.strides[2], nothing, reverse), *_sides(*walk.strides[:2], reverse)]
+    grads = _sides(walk.tensors[2], None, reverse)
     parts = scratch(x, walk.programs)
     launch(
-        kl_div_with_logits_forward_kernel, (walk.programs,), parts, stats, *_sides(*walk.tensors, reverse),
+        kl_div_with_logits_forward_kernel, (walk.programs,),
+        parts, stats, *grads, *_sides(*walk.tensors[:2], reverse),
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, factor=LOG2E.value / temperature,
-            **stride_scalars(("first", strides[0]), ("second", strides[1])),
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
+            factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
+            **stride_scalars(*zip(("d1", "d2", "first", "second"), strides, strict=True)),
         ),
-        constants=walk.shape.constants,
+        constants=dict(
+            FIRST_GRAD=grads[0] is not None, SECOND_GRAD=grads[1] is not None, **walk.shape.constants
+        ),
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     reduce_sum(loss, parts, temperature * temperature * _scale(x, reduction))
+    walk.restore(2, dx)
 
 
 def kl_div_with_logits_backward(

@@ -30,6 +30,7 @@ class Launch(NamedTuple):
 
 
 INTERPRETED = knobs.runtime.interpret  # read once: Triton reads it when it decorates
+WARP = 64 if torch.version.hip else 32  # threads
 TAPES = 4096  # kept at most; then all are dropped, as sizes seem to change with every call
 _compiled: dict[tuple, Any] = {}
 _tapes: dict[tuple, Any] = {}
@@ -139,6 +140,12 @@ def perform(launcher: Callable, outputs: Any, arguments: tuple, in_place: bool =
         _thread.tape = before
 
 
+def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:
+    """The warps of a program on a GPU whose warps have `size` threads: an element-wise tile keeps its threads,
+    and with them its 16-byte vectors; the lanes of rows gain threads, which then hold fewer elements each."""
+    return num_warps if "T" in constants else max(1, num_warps * 32 // size)
+
+
 def _class(name: str, value: int | float) -> object:
     """What of a scalar's value the compiled code depends on."""
     if isinstance(value, float):
@@ -179,7 +186,7 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is None or hooked():
         compiled = _compiled[key] = kernel[grid](
-            *tensors, **scalars, **constants, num_warps=num_warps, enable_fp_fusion=False
+            *tensors, **scalars, **constants, num_warps=warps(num_warps, constants, WARP), enable_fp_fusion=False
         )
     else:
         stream = driver.get_current_stream(driver.get_current_device())

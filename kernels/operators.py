@@ -13,6 +13,7 @@ import torch
 
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
 LIBRARY = torch.library.Library("fusedloss", "DEF")
+_forwards: dict[str, tuple[str, Callable]] = {}  # an operator's schema and its allocation
 
 
 def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
@@ -30,6 +31,7 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
             loaded[0](loaded[1], outputs, arguments)
             return outputs
 
+        _forwards[name] = schema, allocate
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedloss::{name}", allocate, lib=LIBRARY)
@@ -38,9 +40,23 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def with_gradient(module: str, forward: str) -> Callable:
+    """Register `kernels.<module>.<forward>_grad`, which takes the arguments of the operator `forward` and
+    returns the gradient of x, the first of them, as well."""
+    schema, allocate = _forwards[forward]
+    call, _, returns = schema.partition(" -> ")
+
+    def allocate_both(*arguments):
+        outputs = allocate(*arguments)
+        return *(outputs if isinstance(outputs, tuple) else (outputs,)), torch.empty_like(arguments[0])
+
+    call = call.replace(forward, f"{forward}_grad", 1)
+    return operator(module, f"{call} -> ({returns.strip('()')}, Tensor dx)")(allocate_both)
+
+
 def in_place(module: str, schema: str) -> Callable:
-    """Register the backward launcher `<name>` as torch.ops.fusedloss.<name>_, which writes the gradient of
-    x into x and returns nothing; x is the second argument, and no target has a gradient."""
+    """Register the launcher `<name>` as torch.ops.fusedloss.<name>_, which writes its output over its second
+    argument, whose gradient or which it is, and returns nothing."""
     name = schema.partition("(")[0]
 
     def implementation(*arguments):
@@ -52,6 +68,9 @@ def in_place(module: str, schema: str) -> Callable:
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedloss::{name}", lambda *arguments: None, lib=LIBRARY)
     return getattr(torch.ops.fusedloss, name).default
+
+
+scale_ = in_place("scale", "scale_(Tensor dloss, Tensor(a!) grad) -> ()")
 
 
 def _reduced(x, reduction, dtype):
@@ -78,6 +97,9 @@ def _gradients(x, target, input_grad, target_grad):
 )
 def bce_with_logits_forward(x, target, weight, pos_weight, label_smoothing, reduction, dtype):
     return _reduced(x, reduction, dtype)
+
+
+bce_with_logits_forward_grad = with_gradient("bce_with_logits", "bce_with_logits_forward")
 
 
 @operator(
@@ -118,6 +140,9 @@ def cross_entropy_forward(
     z = torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype)
     dense = target.is_floating_point() or label_smoothing != 0.0
     return loss, z, x.new_empty((3 if dense else 2) * rows + _factors(reduction), dtype=torch.float32)
+
+
+cross_entropy_forward_grad = with_gradient("cross_entropy", "cross_entropy_forward")
 
 
 @operator(
@@ -216,6 +241,9 @@ def kl_div_with_logits_forward(x, target, dim, temperature, reverse, reduction, 
     return x.new_empty((), dtype=dtype), stats
 
 
+kl_div_with_logits_forward_grad = with_gradient("kl_div_with_logits", "kl_div_with_logits_forward")
+
+
 @operator(
     "kl_div_with_logits",
     "kl_div_with_logits_backward(Tensor dloss, Tensor x, Tensor target, Tensor stats, int dim,"
@@ -237,6 +265,9 @@ def entropy_with_logits_forward(x, dim, reduction, dtype):
     rows = _rows_shape(x, dim)
     loss = x.new_empty(rows if reduction == NONE else (), dtype=dtype)
     return loss, x.new_empty([3, *rows], dtype=torch.float32)
+
+
+entropy_with_logits_forward_grad = with_gradient("entropy_with_logits", "entropy_with_logits_forward")
 
 
 @operator(

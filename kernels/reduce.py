@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 
 from .launch import kernel, launch
+from .targets import load_label
 
 BLOCK = 4096
 
@@ -65,4 +66,29 @@ def reduce_means(loss, z, saved, at: int, parts: torch.Tensor, with_z: bool, mea
     launch(
         means_kernel, (1,), loss, z, saved, parts, scalars=dict(n=parts.shape[1], at=at),
         constants=dict(Z=with_z, MEAN=mean, BLOCK=1024), num_warps=8,
+    )  # fmt: skip
+
+
+@kernel
+def factors_kernel(
+    scale_ptr, target_ptr, weight_ptr, n, n_cols, ignore_index, label_stride,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    weight, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        at = row.to(tl.int64) * label_stride
+        label, w_y, kept = load_label(target_ptr, weight_ptr, at, row < n, n_cols, ignore_index, WEIGHT)
+        weight += w_y
+        count += kept.to(tl.float32)
+    tl.store(scale_ptr, 1.0 / tl.sum(weight))
+    tl.store(scale_ptr + 1, 1.0 / tl.sum(count))
+
+
+def count_factors(scale, labels: torch.Tensor, weight, n_cols: int, ignore_index: int) -> None:
+    """scale <- the factors of a mean that reduce_means will find, from the labels (one dimension) alone."""
+    launch(
+        factors_kernel, (1,), scale, labels, weight,
+        scalars=dict(n=labels.numel(), n_cols=n_cols, ignore_index=ignore_index, label_stride=labels.stride(0)),
+        constants=dict(WEIGHT=int(weight is not None), BLOCK=4096), num_warps=16,
     )  # fmt: skip

@@ -1,11 +1,14 @@
-"""Device functions: blocks of logits and of target weights, and a row's label: its weight, its logit, and
-what it adds to the others' log-sum-exp."""
+"""Device functions of cross entropy: blocks of logits and of target weights, a row's label (its weight, its
+logit, what it adds to the others' log-sum-exp), and a row's gradient."""
 
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, tanh
-from .rowwise import block_mask, load_run
+from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, sigmoid, tanh
+from .rowwise import (
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, schedule,
+    store_block,
+)  # fmt: skip
 
 
 @triton.jit
@@ -78,3 +81,86 @@ def meet_label(x_y, m, s):
     z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
     lse = tl.maximum(others, u_y * LN2) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
     return u_y, z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
+
+
+@triton.jit
+def probabilities_gradient(g, g_z, m, s, b, z_factor, Z: tl.constexpr):
+    """(P / s, P, lse less m) for probability targets; P = g sum(q) + 2 z g lse."""
+    dense, lse = g * b, log_sum(s)
+    if Z:
+        dense = tl.fma(2.0 * z_factor * g_z, tl.fma(m, LN2, lse), dense)
+    return dense / s, dense, lse
+
+
+@triton.jit
+def label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH: tl.constexpr,
+                   Z: tl.constexpr):  # fmt: skip
+    """(P / s, the label's gradient); s is the sum of all classes here."""
+    dense = tl.fma(g * w_y, shift, g * b) if SMOOTH else 0.0
+    if Z:
+        dense = tl.fma(2.0 * z_factor * g_z, full_lse, dense)
+    hard = g * w_y * keep
+    dy = tl.fma(dense, sigmoid(-z), -hard * sigmoid(z))
+    if SMOOTH:
+        dy = tl.fma(-g * w_y, shift, dy)
+    return (hard + dense) / (s + tl.exp2(u_y)), dy
+
+
+@triton.jit
+def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_values,
+                  PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
+                  TARGET_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """dx = P 2^u - g q, and dy at the label, for one block; dtarget = g keep w (lse - x). Bounds None: a
+    whole block without the label. Rows that are not kept read nothing, and -inf gives 0."""
+    dx_ptr, dx_at, dx_stride, dt_ptr, dt_at, dt_stride = to
+    m, p, g, dy, lse = row_values
+    x = load_x(x_from, col, lane, bounds, CAP, HINT)
+    u = scale2(x, m)
+    dx = p * tl.exp2(u)
+    if PROBS or SMOOTH:
+        dx = tl.fma(-g, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT), dx)
+    mask = None
+    if bounds is not None:
+        dx = tl.where(is_label, dy, dx)
+        mask = block_mask(live, col, lane, (bounds[1], bounds[2]), HINT)
+    if CAP:
+        share = x / x_from[3]
+        dx *= tl.fma(-share, share, 1.0)
+        if bounds is not None:
+            dx = tl.where(column(bounds[0]), dx, 0.0)
+    store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
+    if TARGET_GRAD:
+        dt = g * q_from[4] * tl.fma(u, -LN2, lse)
+        if WEIGHT:
+            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
+        store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
+
+
+@triton.jit
+def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: tl.constexpr,
+             SMOOTH: tl.constexpr, CAP: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr,
+             U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
+    last, shared among the programs of the second grid axis."""
+    x_at, n_cols, label, kept, live = rows
+    m, p, g, dy, lse = row_values
+    values = (column(m), column(p), column(g), column(dy), column(lse))
+    plan = schedule(x_at, n_cols, label, kept, ROWS, U * T * V, HINT)
+    lane = block_lanes(U, T, V)
+    if ROWS == 1:
+        share = tl.cdiv(plan[4], tl.num_programs(1))
+        begin = tl.program_id(1) * share
+        for i in range(begin, tl.minimum(begin + share, plan[4])):
+            col = clean_col(plan[4] - 1 - i, plan, U * T * V)
+            put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+    if tl.program_id(1) == 0:
+        for i in range(plan[5]):
+            col = masked_col(i, plan, U * T * V)
+            put_gradients(to, x_from, q_from, col, lane, (kept, plan[0], plan[1]), live,
+                          at_label(col, label, U, T, V), values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+            edge = edge_cols(plan)
+            put_gradients(to, x_from, q_from, 0, edge, (kept, 0, n_cols), live, edge == label, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, 1)  # fmt: skip

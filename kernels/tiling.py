@@ -10,6 +10,7 @@ import triton
 from .layout import Rows, contiguous_rows
 
 FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
+LONG = 16384  # classes of a row that is read twice by one program of 512 threads
 VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
 
 
@@ -85,9 +86,12 @@ class Walk(NamedTuple):
                 w.copy_(c)
 
 
-def row_walk(dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: int = 4) -> Walk:
+def row_walk(
+    dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: int = 4, twice: bool = False
+) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
-    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows."""
+    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those that
+    read a row `twice` give a very long one more threads, so that the rows in flight stay in the cache."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there))
@@ -95,6 +99,8 @@ def row_walk(dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: in
         shape = shape._replace(ROWS=shape.ROWS // narrow)
     elif shape.ROWS == 1:
         shape = shape._replace(U=min(shape.U, loads))
+        if twice and common.cols > LONG:
+            shape = shape._replace(U=min(shape.U, 2), T=4 * shape.T, num_warps=4 * shape.num_warps)
     rest, strides = iter(there), iter(common.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]

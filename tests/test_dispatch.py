@@ -150,14 +150,14 @@ class TestRun:
         ]  # fmt: skip
         args = [args for _, args in kernels]
         assert args[0][2].shape == args[0][3].shape == (4, 5)
-        assert args[0][4:] == (0.1, 1, False, torch.float32)
-        assert args[1][3:] == (3, 0.0, 0.1, 0.0, 2, False, torch.float32)
+        assert args[0][4:] == (0.1, 1, 0, torch.float32)
+        assert args[1][3:] == (3, 0.0, 0.1, 0.0, 2, 0, torch.float32)
         assert args[2][1].shape == (4, 5)
         assert args[2][2:] == (False, 2, torch.bfloat16)
         assert args[3][2:] == (False, 3, torch.float32)
-        assert args[4][2:] == (0, 2.0, False, 3, torch.float32)
+        assert args[4][2:] == (0, 2.0, False, 3, 0, torch.float32)
         assert args[5][1:] == (1, 0, torch.float32)
-        assert args[6][1:] == (1, 1, torch.float32)
+        assert args[6][1:] == (1, 1, 0, torch.float32)
         assert args[7][2:] == (None, -100, 1, torch.float32)
         assert args[8][0] is p
         assert args[8][1] is not p

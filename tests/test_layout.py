@@ -16,8 +16,11 @@ LAYERS = {
     "autograd": {"autograd", "kernels", "fusedloss.reference"},
     "fusedloss.reference": set(),
     "fusedloss.checks": set(),
-    "fusedloss.dispatch": {"autograd"},
-    "fusedloss.functional": {"fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch"},
+    "fusedloss.dispatch": {"autograd", "fusedloss.reference"},
+    "fusedloss.divergence": {"fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch"},
+    "fusedloss.functional": {
+        "fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch", "fusedloss.divergence"
+    },
     "fusedloss.nn": {"fusedloss.functional"},
     "fusedloss.patch": {"fusedloss.functional", "fusedloss.nn"},
     "fusedloss.testing": {"fusedloss.functional"},

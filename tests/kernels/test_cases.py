@@ -159,14 +159,15 @@ def test_result_dtype_that_was_asked_for(case, result, dtype, way, device):
         getattr(oracle, case.loss), tensors, keywords, case.differentiable, upstream
     )
     assert loss.dtype is result
-    oracle.assert_close(loss, expected)
+    oracle.assert_close(loss, expected, oracle.factor(case))
     for actual, e in zip(gradients, expected_gradients, strict=True):
-        oracle.assert_close(actual, e)
+        oracle.assert_close(actual, e, oracle.factor(case))
 
 
 @pytest.mark.parametrize(("case", "reduction"), cases())
 def test_launches(case, reduction, device):
-    """One kernel forward and one backward, and one more where partial sums are added up."""
+    """One kernel forward and one backward, and one more where partial sums are added up; another where a mean's
+    gradient is computed in forward, and labels have to be counted first."""
     tensors, keywords = draw(case, (5, 33), torch.float32, device)
     keywords["reduction"] = reduction
     with torch.no_grad():
@@ -175,7 +176,8 @@ def test_launches(case, reduction, device):
         lambda: oracle.value_and_gradients(case.ours, tensors, keywords, case.differentiable)
     )
     assert len(forward) == (1 if reduction == "none" else 2)
-    assert len(both) == len(forward) + 1
+    counted = case.name == "cross_entropy/grad_in_forward" and reduction == "mean"
+    assert len(both) == len(forward) + 1 + counted
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced", "strided"])
