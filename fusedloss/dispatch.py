@@ -119,8 +119,10 @@ def _plain(x: Tensor) -> bool:
 def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
     """Whether the kernels take these arguments: a target first, then weights and numbers."""
     for i, other in enumerate(others):
-        if not isinstance(other, Tensor):
+        if other is None:
             continue
+        if not isinstance(other, Tensor):  # tensors stand first
+            break
         if other.dtype not in (DTYPES if i else TARGET_DTYPES):
             return False
         if other.device != x.device or not _plain(other):

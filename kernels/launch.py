@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
@@ -85,14 +87,14 @@ class Tape:
         gx, gy, gz = (*grid, 1, 1)[:3]
         self.launches.append(
             (compiled.run, (gx, gy, gz), (compiled.function, compiled.packed_metadata, None, None, None),
-             tuple(places), numbers)
+             itemgetter(*places), numbers)
         )  # fmt: skip
 
     def play(self, tensors: tuple, stream: Any, device: torch.device) -> None:
-        if self.scratch:
-            tensors += tuple([torch.empty(n, dtype=d, device=device) for n, d in self.scratch])
+        for size, dtype in self.scratch:
+            tensors += (torch.empty(size, dtype=dtype, device=device),)
         for run, grid, fixed, places, numbers in self.launches:
-            run(*grid, stream, *fixed, *[tensors[k] for k in places], *numbers)
+            run(*grid, stream, *fixed, *places(tensors), *numbers)
 
 
 def scratch(like: Tensor, *size: int) -> Tensor:
@@ -105,37 +107,31 @@ def scratch(like: Tensor, *size: int) -> Tensor:
     return memory
 
 
-def perform(launcher: Callable, outputs: Any, arguments: tuple, in_place: bool = False) -> None:
-    """launcher(outputs, *arguments), or what it launched the last time for the same layout. `in_place`: an
-    output is one of the arguments."""
+def perform(launcher: Callable, outputs: tuple, arguments: tuple, tensors: int, in_place: bool = False) -> None:
+    """launcher(outputs, *arguments), or what it launched the last time for the same layout. The leading
+    `tensors` arguments are tensors or None. `in_place`: an output is one of them."""
     if _recorder is not None or INTERPRETED or hooked():
-        return launcher(outputs, *arguments)
-    active = triton.runtime.driver.active
-    key = [launcher, active, in_place]
-    for a in arguments:
-        if isinstance(a, Tensor):
-            key += a.shape, a.stride(), a.dtype, a.data_ptr() % 16
-        else:
-            key.append(a)
-    device = next(a for a in arguments if isinstance(a, Tensor)).device
+        return launcher(outputs[0] if len(outputs) == 1 else outputs, *arguments)
+    active = driver.active
     current = active.get_current_device()
-    key += device, current
-    identity = tuple(key)
-    tensors = (*(outputs if isinstance(outputs, tuple) else (outputs,)), *arguments)
-    tape = _tapes.get(identity)
+    given = arguments[:tensors]
+    key = (
+        launcher, active, current, in_place, arguments[tensors:],
+        *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()) for t in given],
+    )  # fmt: skip
+    tape = _tapes.get(key)
     if tape is not None and tape.playable:
-        return tape.play(tensors, active.get_current_stream(current), device)
-    if tape is not None:
-        return launcher(outputs, *arguments)
-    if len(_tapes) >= TAPES:
-        _tapes.clear()
-    tape = Tape(tensors)
-    tape.playable = device.index is None or device.index == current
-    before, _thread.tape = getattr(_thread, "tape", None), tape
+        return tape.play((*outputs, *given), active.get_current_stream(current), given[0].device)
+    if tape is None:
+        if len(_tapes) >= TAPES:
+            _tapes.clear()
+        tape = Tape((*outputs, *given))
+        tape.playable = given[0].get_device() in (-1, current)
+    before, _thread.tape = getattr(_thread, "tape", None), tape if key not in _tapes else None
     try:
-        launcher(outputs, *arguments)
+        launcher(outputs[0] if len(outputs) == 1 else outputs, *arguments)
         tape.tensors = []
-        _tapes[identity] = tape
+        _tapes[key] = tape
     finally:
         _thread.tape = before
 
@@ -169,15 +165,15 @@ def launch(
     if not isinstance(kernel, JITFunction):  # the interpreter
         kernel[grid](*tensors, **scalars, **constants)
         return
-    driver = triton.runtime.driver.active
+    active = driver.active
     device = next(t for t in tensors if t is not None).get_device()
-    if device >= 0 and device != driver.get_current_device():
+    if device >= 0 and device != active.get_current_device():
         with torch.get_device_module().device(device):
             return launch(
                 kernel, grid, *tensors, scalars=scalars, constants=constants, num_warps=num_warps
             )
     key = (
-        kernel, driver, device, num_warps,
+        kernel, active, device, num_warps,
         *[t is not None and (t.dtype, t.data_ptr() % 16) for t in tensors],
         *[_class(name, value) for name, value in scalars.items()],
         *constants.values(),
@@ -189,7 +185,7 @@ def launch(
             *tensors, **scalars, **constants, num_warps=warps(num_warps, constants, WARP), enable_fp_fusion=False
         )
     else:
-        stream = driver.get_current_stream(driver.get_current_device())
+        stream = active.get_current_stream(active.get_current_device())
         compiled.run(
             *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
             *tensors, *numbers,

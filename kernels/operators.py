@@ -13,12 +13,39 @@ import torch
 
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
 LIBRARY = torch.library.Library("fusedloss", "DEF")
+PLAIN = (torch.Tensor, torch.nn.Parameter, int)  # what an operator's first two arguments are, if nothing else
 _forwards: dict[str, tuple[str, Callable]] = {}  # an operator's schema and its allocation
+
+
+def unwatched(implementation: Callable, name: str) -> Callable:
+    """The operator as a function. Where nobody is to see it (no tracer, no mode, no transform, no profiler), its
+    implementation is called as it is: torch's dispatcher costs as much as a launch."""
+    overload = getattr(torch.ops.fusedloss, name).default
+
+    def call(*arguments):
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or type(arguments[0]) not in PLAIN
+            or type(arguments[1]) not in PLAIN
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return overload(*arguments)
+        return implementation(*arguments)
+
+    return call
+
+
+def leading_tensors(schema: str) -> int:
+    """How many arguments of an operator are tensors: the first ones."""
+    return schema.partition(" -> ")[0].count("Tensor")
 
 
 def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     """Register `kernels.<module>.<name>` as torch.ops.fusedloss.<name>; decorates the allocation."""
-    name = schema.partition("(")[0]
+    name, tensors = schema.partition("(")[0], leading_tensors(schema)
 
     def register(allocate: Callable) -> Callable:
         loaded: list[Callable] = []
@@ -28,14 +55,14 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
                 loaded.append(import_module("fusedloss.kernels.launch").perform)
                 loaded.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
             outputs = allocate(*arguments)
-            loaded[0](loaded[1], outputs, arguments)
+            loaded[0](loaded[1], outputs if isinstance(outputs, tuple) else (outputs,), arguments, tensors)
             return outputs
 
         _forwards[name] = schema, allocate
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedloss::{name}", allocate, lib=LIBRARY)
-        return getattr(torch.ops.fusedloss, name).default
+        return unwatched(implementation, name)
 
     return register
 
@@ -57,17 +84,17 @@ def with_gradient(module: str, forward: str) -> Callable:
 def in_place(module: str, schema: str) -> Callable:
     """Register the launcher `<name>` as torch.ops.fusedloss.<name>_, which writes its output over its second
     argument, whose gradient or which it is, and returns nothing."""
-    name = schema.partition("(")[0]
+    name, tensors = schema.partition("(")[0], leading_tensors(schema)
 
     def implementation(*arguments):
         perform = import_module("fusedloss.kernels.launch").perform
         launcher = getattr(import_module(f"fusedloss.kernels.{module}"), name.removesuffix("_"))
-        perform(launcher, (arguments[1], None), arguments, in_place=True)
+        perform(launcher, (arguments[1], None), arguments, tensors, in_place=True)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedloss::{name}", lambda *arguments: None, lib=LIBRARY)
-    return getattr(torch.ops.fusedloss, name).default
+    return unwatched(implementation, name)
 
 
 scale_ = in_place("scale", "scale_(Tensor dloss, Tensor(a!) grad) -> ()")
