@@ -46,14 +46,14 @@ def add_loss(total, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr,
 def bce_forward_kernel(
     out_ptr, x_ptr, target_ptr, weight_ptr,
     n_rows, n_cols, chunks, trips,
-    out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
-    weight_row_stride, weight_col_stride,
+    out_row, out_col_stride, x_row, x_col_stride, target_row, target_col_stride,
+    weight_row, weight_col_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    out = (out_ptr, out_row_stride, out_col_stride)
-    p, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
-    w = (weight_ptr, weight_row_stride, weight_col_stride)
+    out = (out_ptr, out_row, out_col_stride)
+    p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
+    w = (weight_ptr, weight_row, weight_col_stride)
     total = tl.zeros([ROWS * BLOCK // V], tl.float32)
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
@@ -89,16 +89,16 @@ def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, mask, WEIGHT: tl
 def bce_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr,
     n_rows, n_cols, chunks, trips, scale,
-    dx_row_stride, dx_col_stride, dtarget_row_stride, dtarget_col_stride,
-    dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
-    weight_row_stride, weight_col_stride,
+    dx_row, dx_col_stride, dtarget_row, dtarget_col_stride,
+    dloss_row, dloss_col_stride, x_row, x_col_stride, target_row, target_col_stride,
+    weight_row, weight_col_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    dx, dt = (dx_ptr, dx_row_stride, dx_col_stride), (dtarget_ptr, dtarget_row_stride, dtarget_col_stride)
-    dloss = (dloss_ptr, dloss_row_stride, dloss_col_stride)
-    p, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
-    w = (weight_ptr, weight_row_stride, weight_col_stride)
+    dx, dt = (dx_ptr, dx_row, dx_col_stride), (dtarget_ptr, dtarget_row, dtarget_col_stride)
+    dloss = (dloss_ptr, dloss_row, dloss_col_stride)
+    p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
+    w = (weight_ptr, weight_row, weight_col_stride)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):

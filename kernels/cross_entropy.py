@@ -170,11 +170,11 @@ def _targets(walk, target):
     return labels, (*strides, 0)
 
 
-def _weight_run(weight, walk) -> int:
+def _weight_run(weight, walk, dense: bool) -> int:
     """The run of class weights that is aligned wherever the row's is; 0 where there are none."""
     if weight is None:
         return 0
-    aligned = all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) and weight.data_ptr() % 16 == 0
+    aligned = dense and walk.shape.HINT > 1 and all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) and weight.data_ptr() % 16 == 0
     return VECTOR if aligned else 1
 
 
@@ -203,6 +203,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
         narrow=2 if dx is None and not dense else 4, loads=loads, twice=dx is not None,
+        tiny=weight is None or not dense,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
@@ -216,7 +217,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
             **stride_scalars(("dx", walk.strides[2]), ("x", walk.strides[0]), ("target", target_strides)),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=_weight_run(weight, walk), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=_weight_run(weight, walk, dense), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduce, GRAD=dx is not None,
             COUNTED=reduction == MEAN and not probs, **walk.shape.constants,
         ),
@@ -233,8 +234,11 @@ def cross_entropy_backward(
 ):  # fmt: skip
     dx, dt, probs = outputs[0], outputs[1] if target_grad else None, target.is_floating_point()
     weight = None if weight is None else weight.contiguous()
-    narrow, loads = 4 if probs else 2, 2 if weight is not None or softcap else 4
-    walk = row_walk(min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=narrow, loads=loads)
+    dense = probs or label_smoothing != 0.0
+    walk = row_walk(
+        min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if probs else 2,
+        loads=2 if weight is not None or softcap else 4, tiny=weight is None or not dense,
+    )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(
@@ -250,7 +254,7 @@ def cross_entropy_backward(
             ),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=_weight_run(weight, walk), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=_weight_run(weight, walk, dense), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad,
             IN_PLACE=dx is x, **walk.shape.constants,
         ),

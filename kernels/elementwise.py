@@ -137,9 +137,9 @@ class Walk(NamedTuple):
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
-            f"{name}_{axis}_stride": stride
+            f"{name}_{axis}": stride
             for name, pair in zip(names, self.strides, strict=True)
-            for axis, stride in zip(("row", "col"), pair, strict=True)
+            for axis, stride in zip(("row", "col_stride"), pair, strict=True)
         }
 
     def restore(self, *outputs: torch.Tensor | None) -> None:
@@ -174,7 +174,7 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
     row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, block)
     trips = trips_of(row_tiles * col_tiles, tile)
     chunks = triton.cdiv(col_tiles, trips)
-    wide = all(
+    wide = block >= 1024 and all(
         col == 1 and row % VECTOR == 0 and t.data_ptr() % 16 == 0
         for t, (row, col) in zip(there, flat.strides, strict=True)
     )

@@ -41,11 +41,11 @@ def add_entropy(total, p_from, at, mask, WIDE: tl.constexpr):
 def entropy_forward_kernel(
     out_ptr, p_ptr,
     n_inner, n_cols, row_tiles, chunks, trips,
-    p_outer_stride, p_inner_stride, p_class_stride,
+    p_outer, p_inner, p_class_stride,
     REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
-    p_from = (p_ptr + outer * p_outer_stride, p_inner_stride, p_class_stride)
+    p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(plan[3]):
         total = add_entropy(total, p_from, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
@@ -70,12 +70,12 @@ def put_gradient(dp, p_from, g, at, mask, WIDE: tl.constexpr):
 def entropy_backward_kernel(
     dp_ptr, dloss_ptr, p_ptr,
     n_inner, n_cols, row_tiles, chunks, trips, scale,
-    dp_outer_stride, dp_inner_stride, dp_class_stride, p_outer_stride, p_inner_stride, p_class_stride,
+    dp_outer, dp_inner, dp_class_stride, p_outer, p_inner, p_class_stride,
     REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
-    p_from = (p_ptr + outer * p_outer_stride, p_inner_stride, p_class_stride)
-    dp = (dp_ptr + outer * dp_outer_stride, dp_inner_stride, dp_class_stride)
+    p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
+    dp = (dp_ptr + outer * dp_outer, dp_inner, dp_class_stride)
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
     else:
@@ -113,7 +113,7 @@ class Tiling(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        wide = all(
+        wide = self.block >= 1024 and all(
             t.data_ptr() % 16 == 0 and outer % VECTOR == inner % VECTOR == 0 and classes == 1
             for t, (outer, inner, classes) in zip(self.tensors, self.walk.strides, strict=True)
         )
@@ -121,9 +121,9 @@ class Tiling(NamedTuple):
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
-            f"{name}_{axis}_stride": stride
+            f"{name}_{axis}": stride
             for name, strides in zip(names, self.walk.strides, strict=True)
-            for axis, stride in zip(("outer", "inner", "class"), strides, strict=True)
+            for axis, stride in zip(("outer", "inner", "class_stride"), strides, strict=True)
         }
 
 
@@ -137,7 +137,8 @@ def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling
         walk, copies = contiguous_rows(dim, tensors)
         tensors = tuple(copies)
     cols = walk.cols
-    block = TILE if cols > 1024 else 1024 if cols > 128 else 128 if cols > 16 else 16
+    one = walk.outer * walk.inner == 1
+    block = TILE if one else 1024 if cols > 128 else 128 if cols > 16 else 16
     if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):
         block = 16  # neighbours in memory are rows
     tile_rows = TILE // block

@@ -39,12 +39,12 @@ def add_loss(total, least, out, x_from, t_from, at, mask, LOG_TARGET: tl.constex
 def kl_div_forward_kernel(
     out_ptr, x_ptr, target_ptr,
     n_rows, n_cols, chunks, trips,
-    out_row_stride, out_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    out_row, out_col_stride, x_row, x_col_stride, target_row, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    out = (out_ptr, out_row_stride, out_col_stride)
-    x, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    out = (out_ptr, out_row, out_col_stride)
+    x, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
     total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
@@ -80,15 +80,15 @@ def put_gradients(dx, dt, dloss, x_from, t_from, g, at, mask, LOG_TARGET: tl.con
 def kl_div_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr,
     n_rows, n_cols, chunks, trips, scale,
-    dx_row_stride, dx_col_stride, dtarget_row_stride, dtarget_col_stride,
-    dloss_row_stride, dloss_col_stride, x_row_stride, x_col_stride, target_row_stride, target_col_stride,
+    dx_row, dx_col_stride, dtarget_row, dtarget_col_stride,
+    dloss_row, dloss_col_stride, x_row, x_col_stride, target_row, target_col_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
     INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    dx, dt = (dx_ptr, dx_row_stride, dx_col_stride), (dtarget_ptr, dtarget_row_stride, dtarget_col_stride)
-    dloss = (dloss_ptr, dloss_row_stride, dloss_col_stride)
-    x, t = (x_ptr, x_row_stride, x_col_stride), (target_ptr, target_row_stride, target_col_stride)
+    dx, dt = (dx_ptr, dx_row, dx_col_stride), (dtarget_ptr, dtarget_row, dtarget_col_stride)
+    dloss = (dloss_ptr, dloss_row, dloss_col_stride)
+    x, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):

@@ -67,6 +67,24 @@ def recording() -> Iterator[list[Launch]]:
         _recorder = before
 
 
+def bare(compiled: Any) -> tuple[Callable, tuple]:
+    """What runs a compiled kernel, and its arguments between the stream and a tuple of the kernel's own. On
+    NVIDIA's backend of the versions that were read, that is the C function under Triton's launcher, which in
+    Python only looks for scratch memory and instrumentation; these kernels have none."""
+    run, fixed = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    if (
+        triton.__version__[:4] in ("3.7.", "3.9.")
+        and f"{type(run).__module__}.{type(run).__name__}" == "triton.backends.nvidia.driver.CudaLauncher"
+        and not (run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
+    ):
+        function, metadata, *hooks = fixed
+        switches = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, (
+            function, *switches, metadata, *hooks, None, None, run.arg_annotations, run.kernel_signature
+        )  # fmt: skip
+    return lambda *arguments: run(*arguments[:-1], *arguments[-1]), fixed
+
+
 class Tape:
     """The launches of one launcher, with its tensors as places in (outputs, arguments, scratch)."""
 
@@ -85,16 +103,13 @@ class Tape:
                 return
             places.append(place)
         gx, gy, gz = (*grid, 1, 1)[:3]
-        self.launches.append(
-            (compiled.run, (gx, gy, gz), (compiled.function, compiled.packed_metadata, None, None, None),
-             itemgetter(*places), numbers)
-        )  # fmt: skip
+        self.launches.append((*bare(compiled), (gx, gy, gz), itemgetter(*places), numbers))
 
     def play(self, tensors: tuple, stream: Any, device: torch.device) -> None:
         for size, dtype in self.scratch:
             tensors += (torch.empty(size, dtype=dtype, device=device),)
-        for run, grid, fixed, places, numbers in self.launches:
-            run(*grid, stream, *fixed, *places(tensors), *numbers)
+        for run, fixed, grid, places, numbers in self.launches:
+            run(*grid, stream, *fixed, places(tensors) + numbers)
 
 
 def scratch(like: Tensor, *size: int) -> Tensor:
@@ -117,7 +132,7 @@ def perform(launcher: Callable, outputs: tuple, arguments: tuple, tensors: int, 
     given = arguments[:tensors]
     key = (
         launcher, active, current, in_place, arguments[tensors:],
-        *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device()) for t in given],
+        given[0].get_device(), *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
@@ -150,6 +165,16 @@ def _class(name: str, value: int | float) -> object:
     return (value == 1, value % 16 == 0, fits) if name.endswith("_stride") else fits
 
 
+def specialisation(launch: Launch) -> tuple:
+    """What the compiled code of a launch depends on: launches that agree in it compile once."""
+    return (
+        launch.kernel, launch.num_warps,
+        *[t is not None and (t.dtype, t.data_ptr() % 16 == 0) for t in launch.tensors],
+        *[_class(name, value) for name, value in launch.scalars.items()],
+        *launch.constants.values(),
+    )  # fmt: skip
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -172,12 +197,7 @@ def launch(
             return launch(
                 kernel, grid, *tensors, scalars=scalars, constants=constants, num_warps=num_warps
             )
-    key = (
-        kernel, active, device, num_warps,
-        *[t is not None and (t.dtype, t.data_ptr() % 16) for t in tensors],
-        *[_class(name, value) for name, value in scalars.items()],
-        *constants.values(),
-    )  # fmt: skip
+    key = active, device, specialisation(Launch(kernel, grid, tensors, scalars, constants, num_warps))
     numbers = (*scalars.values(), *constants.values())
     compiled = _compiled.get(key)
     if compiled is None or hooked():

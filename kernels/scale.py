@@ -11,12 +11,12 @@ from .launch import kernel, launch
 @kernel
 def scale_kernel(
     grad_ptr, dloss_ptr,
-    n_rows, n_cols, chunks, trips, grad_row_stride, grad_col_stride,
+    n_rows, n_cols, chunks, trips, grad_row, grad_col_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(dloss_ptr).to(tl.float32)
     if g != 1.0:
-        grad = (grad_ptr, grad_row_stride, grad_col_stride)
+        grad = (grad_ptr, grad_row, grad_col_stride)
         plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
         for i in range(plan[3]):
             at = tile_at(i, plan, ROWS, BLOCK)

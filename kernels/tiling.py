@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def tiling(walk: Rows, element_size: int, on_16_bytes: bool) -> Tiling:
+def tiling(walk: Rows, element_size: int, on_16_bytes: bool, tiny: bool) -> Tiling:
     """Four classes by row length: to 16, to 128, to 1024 where rows are aligned, and longer.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT is
@@ -44,7 +44,7 @@ def tiling(walk: Rows, element_size: int, on_16_bytes: bool) -> Tiling:
     first = walk.strides[0]
     together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
     aligned = together and walk.cols % VECTOR == first[0] % VECTOR == first[1] % VECTOR == 0
-    if walk.cols <= 16:
+    if walk.cols <= 16 and tiny:
         return Tiling(128, 1, 16, 1, 1, 4)
     if walk.cols <= 128:
         return Tiling(16, 1, 128, 1, 1, 4)
@@ -87,14 +87,20 @@ class Walk(NamedTuple):
 
 
 def row_walk(
-    dim: int, *tensors: torch.Tensor | None, narrow: int = 1, loads: int = 4, twice: bool = False
+    dim: int,
+    *tensors: torch.Tensor | None,
+    narrow: int = 1,
+    loads: int = 4,
+    twice: bool = False,
+    tiny: bool = True,
 ) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
     a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those that
-    read a row `twice` give a very long one more threads, so that the rows in flight stay in the cache."""
+    read a row `twice` give a very long one more threads, so that the rows in flight stay in the cache. Not
+    `tiny`, or `twice`: rows of 16 classes have no class of their own."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
-    shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there))
+    shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there), tiny and not twice)
     if shape.ROWS > 2:
         shape = shape._replace(ROWS=shape.ROWS // narrow)
     elif shape.ROWS == 1:

@@ -1,0 +1,137 @@
+"""What a launch compiles, and how often; what a tape plays.
+
+Nothing is compiled for the first: a launch's specialisation tells what its code depends on."""
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+
+from fusedloss import compiled, testing
+
+triton = pytest.importorskip("triton")
+from fusedloss.kernels.launch import specialisation  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
+
+# row lengths of one class each; long rows are one class, aligned or not
+CLASSES = ((2, 10, 16), (17, 24, 100, 128), (136, 512, 1000, 1024), (129, 1001, 4096, 4097, 8208))
+OPTIONS = {  # of which a new value compiles nothing
+    "cross_entropy/index": [dict(ignore_index=3)],
+    "cross_entropy/label_smoothing": [dict(label_smoothing=0.3)],
+    "cross_entropy/z_loss": [dict(z_loss=0.5)],
+    "cross_entropy/softcap": [dict(softcap=30.0)],
+    "kl_div_with_logits/temperature": [dict(temperature=1.5)],
+    "binary_cross_entropy_with_logits/label_smoothing": [dict(label_smoothing=0.3)],
+}
+
+
+def specialisations(case, shape, options):
+    (tensors, keywords) = case.make_inputs(shape, torch.bfloat16, "cpu")
+    inputs = tensors, {**keywords, **options}
+    found = defaultdict(set)
+    for launch in compiled.launches(
+        lambda: testing.forward_backward(case, inputs, reduction=case.reductions[-1])
+    ):
+        found[launch.kernel.__name__].add(specialisation(launch))
+    return found
+
+
+@pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
+def test_new_sizes_compile_nothing_new_within_a_class(case):
+    """At most four kernels of each name, chosen by the row length; batch sizes and options choose none. (Class
+    weights that are spread over the classes are read wide where rows are aligned: that is decided apart.)"""
+    spread = case.name in ("cross_entropy/weight+label_smoothing", "cross_entropy/probabilities+weight")
+    every = defaultdict(set)
+    for lengths in CLASSES:
+        here = defaultdict(set)
+        for cols in lengths:
+            for rows in (2, 3, 40):
+                for options in ({}, *OPTIONS.get(case.name, ())):
+                    for name, keys in specialisations(case, (rows, cols), options).items():
+                        here[name] |= keys
+        wide_apart = 1 + (lengths[-1] > 1024 and (spread or case.name.endswith("/pos_weight")))
+        assert {name: len(keys) for name, keys in here.items() if len(keys) > wide_apart} == {}
+        for name, keys in here.items():
+            every[name] |= keys
+    assert {name: len(keys) for name, keys in every.items() if len(keys) > 4} == {}
+
+
+def test_a_specialisation_sees_what_code_depends_on():
+    """The test above would pass if it saw nothing."""
+    case = testing.case("cross_entropy/index")
+    seen = [specialisations(case, (3, cols), {})["cross_entropy_forward_kernel"] for cols in (10, 100, 1000, 5000)]
+    assert len(set.union(*seen)) == 4
+    smooth = specialisations(case, (3, 10), dict(label_smoothing=0.1))["cross_entropy_forward_kernel"]
+    assert not smooth & seen[0]
+
+
+TAPES = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+
+seen = []
+nvidia.PyKernelArg = lambda **fields: tuple(fields.items())  # of a C module that needs libcuda
+class Utils:
+    load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))
+    get_device_properties = staticmethod(lambda _: dict(max_shared_mem=232448, max_num_regs=65536))
+    unload_module = staticmethod(lambda *_: None)
+    build_signature_metadata = staticmethod(tuple)
+    launch = staticmethod(lambda *arguments: seen.append(arguments))
+class Driver(nvidia.CudaDriver):
+    def __init__(self):
+        self.utils, self.launcher_cls = Utils(), nvidia.CudaLauncher
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 7
+        self.get_device_capability = lambda device: (9, 0)
+        self.set_current_device = lambda device: None
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+triton.runtime.driver.set_active(Driver())
+
+import fusedloss
+from fusedloss.kernels import launch
+x, y = torch.randn(4, 8, requires_grad=True), torch.randint(8, (4,))
+def plain(value):  # outputs are other tensors every time: by shape, but inputs as they are
+    if isinstance(value, torch.Tensor):
+        return ("x" if value.data_ptr() == x.data_ptr() else "y" if value.data_ptr() == y.data_ptr() else
+                (tuple(value.shape), value.dtype))
+    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
+def call(x=x, **more):
+    seen.clear()
+    with fusedloss.use("triton"):
+        torch.autograd.grad(fusedloss.cross_entropy(x, y, **more), x)
+    return [plain(arguments[:8] + arguments[11:]) for arguments in seen]  # hooks, and what they would be told
+first = call()
+assert len(first) == 3 and len(launch._tapes) == 2 and all(t.playable for t in launch._tapes.values())
+assert call() == first, "a tape played something else"
+assert len(launch._tapes) == 2
+other = call(reduction="sum")
+assert len(other) == 3 and other != first and len(launch._tapes) == 4
+longer = torch.randn(4, 9, requires_grad=True)
+assert call(longer) != first and len(launch._tapes) == 6
+apart = torch.randn(4, 9, requires_grad=True)[:, 1:]  # off 16 bytes: another layout of the same shape
+moved = call(apart)
+assert len(moved) == 3 and moved != first and len(launch._tapes) == 8
+plays = []
+launch.Tape.play, before = (lambda self, *a: (plays.append(self), before(self, *a))[1]), launch.Tape.play
+assert call() == first and len(plays) == 2
+triton.knobs.runtime.launch_enter_hook = lambda *_: None  # a profiler: launches go through Triton again
+assert len(call()) == 3 and len(plays) == 2
+print("played")
+"""
+
+
+def test_a_tape_plays_what_was_launched():
+    """With Triton's own launcher on a driver that notes what reaches its C function."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", TAPES], capture_output=True, text=True,
+                          env=environment, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.endswith("played\n")
