@@ -174,8 +174,9 @@ def _weight_run(weight, walk, dense: bool) -> int:
     """The run of class weights that is aligned wherever the row's is; 0 where there are none."""
     if weight is None:
         return 0
-    aligned = dense and walk.shape.HINT > 1 and all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) and weight.data_ptr() % 16 == 0
-    return VECTOR if aligned else 1
+    if not dense or walk.shape.HINT == 1 or weight.data_ptr() % 16:
+        return 1
+    return VECTOR if all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) else 1
 
 
 def cross_entropy_forward(

@@ -133,12 +133,12 @@ def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling
     flat = plane(*tensors) if join else None
     if flat is not None and flat.rows == 1:
         walk = Rows(1, 1, flat.cols, [(0, 0, stride) for _, stride in flat.strides])
+        block = TILE
     else:
         walk, copies = contiguous_rows(dim, tensors)
         tensors = tuple(copies)
+        block = 1024 if walk.cols > 128 else 128 if walk.cols > 16 else 16
     cols = walk.cols
-    one = walk.outer * walk.inner == 1
-    block = TILE if one else 1024 if cols > 128 else 128 if cols > 16 else 16
     if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):
         block = 16  # neighbours in memory are rows
     tile_rows = TILE // block
