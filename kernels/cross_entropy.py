@@ -19,7 +19,7 @@ from .numerics import LN2, log_sum, softplus
 from .operators import MEAN, NONE
 from .reduce import count_factors, reduce_means
 from .rowwise import (
-    EDGE, at_label, block_lanes, clean_col, column, edge_cols, masked_col, rows_at, schedule, total,
+    EDGE, at_label, block_lanes, clean_col, column, edge_cols, load_col, masked_col, rows_at, schedule, total,
 )  # fmt: skip
 from .targets import (
     label_gradient, load_label, load_label_logit, load_others, load_q, load_x, meet_label,
@@ -38,7 +38,7 @@ def cross_entropy_forward_kernel(
     REDUCE: tl.constexpr, GRAD: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
     T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
+    UP: tl.constexpr = 1 if ROWS == 1 else U
     DENSE: tl.constexpr = PROBS or SMOOTH
     outer, d = rows_at(inner, ROWS)
     live = d < inner
@@ -49,19 +49,24 @@ def cross_entropy_forward_kernel(
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
     q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
-    plan = schedule(x_at, n_cols, label, kept, ROWS, BLOCK, HINT)
+    plan = schedule(x_at, n_cols, label, kept, ROWS, U, T, V, HINT)
     m, s, a, b = lse_start(ROWS, T)
-    lane = block_lanes(U, T, V)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     for i in range(plan[4]):
-        col = clean_col(i, plan, BLOCK)
+        col = clean_col(i, plan, U * T * V)
         x = load_x(x_from, col, lane, None, CAP, HINT)
         q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
         m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
     for i in range(plan[5]):
-        col = masked_col(i, plan, BLOCK)
-        x, q = load_others(x_from, q_from, col, lane, (kept, plan[0], plan[1]),
-                           at_label(col, label, U, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
+        col = load_col(i, plan, U, T, V)
+        x = load_x(x_from, col, part, None, CAP, HINT)
+        q = load_q(q_from, col, part, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
+        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, UP, T, V)
+    for i in range(plan[6]):
+        col = masked_col(i, plan, UP * T * V)
+        x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
+                           at_label(col, label, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
+        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)
@@ -77,7 +82,7 @@ def cross_entropy_forward_kernel(
         loss = tl.fma(b, lse, a * -LN2)
     else:
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
-        u_y, z, lse, full_lse = meet_label(x_y, m, s)
+        z, lse, full_lse = meet_label(x_y, m, s)
         loss = w_y * (keep + shift) * softplus(z)
         if SMOOTH:
             loss += tl.fma(b, lse, a * -LN2)  # of the others
@@ -108,7 +113,7 @@ def cross_entropy_forward_kernel(
         if PROBS:
             p, dy, lse = probabilities_gradient(g, g_z, m, s, b, z_factor, Z)
         else:
-            p, dy = label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH, Z)
+            p, dy = label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH, Z)
         to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride, None, 0, 0)
         put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
                  PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, T, V, HINT)  # fmt: skip
@@ -150,8 +155,8 @@ def cross_entropy_backward_kernel(
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         if IN_PLACE:
             tl.debug_barrier()  # every thread has read the label's logit before one writes there
-        u_y, z, lse, full_lse = meet_label(x_y, m, s)
-        p, dy = label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH, Z)
+        p, dy = label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH, Z)
+        lse = m  # not asked for
     to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
           dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
     put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),

@@ -16,7 +16,7 @@ from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2,
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, row_max,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col, row_max,
     row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
@@ -80,8 +80,9 @@ def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, T: t
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, shared among the programs of the second grid axis."""
     x_at, n_cols, live = rows
-    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U * T * V, HINT)
-    lane = block_lanes(U, T, V)
+    UP: tl.constexpr = 1 if ROWS == 1 else U
+    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, T, V, HINT)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
@@ -89,8 +90,10 @@ def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, T: t
             put_gradient(to, x_from, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values, HINT)
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            col = masked_col(i, plan, U * T * V)
-            put_gradient(to, x_from, col, lane, (live, plan[0], plan[1]), values, HINT)
+            put_gradient(to, x_from, load_col(i, plan, U, T, V), part, None, values, HINT)
+        for i in range(plan[6]):
+            col = masked_col(i, plan, UP * T * V)
+            put_gradient(to, x_from, col, part, (live, plan[0], plan[1]), values, HINT)
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
             put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
@@ -103,22 +106,25 @@ def entropy_with_logits_forward_kernel(
     REDUCE: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
     HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
+    UP: tl.constexpr = 1 if ROWS == 1 else U
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(x_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    plan = schedule(x_at, n_cols, label, live, ROWS, U, T, V, HINT)
     state = entropy_start(ROWS, T)
-    lane = block_lanes(U, T, V)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     for i in range(plan[4]):
-        x = load_x(x_from, clean_col(i, plan, BLOCK), lane, None, HINT)
+        x = load_x(x_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = entropy_update(x, state, U, T, V)
     for i in range(plan[5]):
-        col = masked_col(i, plan, BLOCK)
-        x = load_x(x_from, col, lane, (live, plan[0], plan[1]), HINT)
-        state = entropy_update(x, state, U, T, V)
+        x = load_x(x_from, load_col(i, plan, U, T, V), part, None, HINT)
+        state = entropy_update(x, state, UP, T, V)
+    for i in range(plan[6]):
+        col = masked_col(i, plan, UP * T * V)
+        x = load_x(x_from, col, part, (live, plan[0], plan[1]), HINT)
+        state = entropy_update(x, state, UP, T, V)
     m, s, a = entropy_join(state)
     if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)

@@ -20,7 +20,7 @@ from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, row_max,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col, row_max,
     row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
@@ -105,8 +105,9 @@ def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECO
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, shared among the programs of the second grid axis."""
     first_at, n_cols, live = rows
-    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U * T * V, HINT)
-    lane = block_lanes(U, T, V)
+    UP: tl.constexpr = 1 if ROWS == 1 else U
+    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, T, V, HINT)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
@@ -115,8 +116,11 @@ def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECO
                           FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            col = masked_col(i, plan, U * T * V)
-            put_gradients(to, pair_from, factor, col, lane, (live, plan[0], plan[1]), values,
+            put_gradients(to, pair_from, factor, load_col(i, plan, U, T, V), part, None, values,
+                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+        for i in range(plan[6]):
+            col = masked_col(i, plan, UP * T * V)
+            put_gradients(to, pair_from, factor, col, part, (live, plan[0], plan[1]), values,
                           FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
@@ -133,23 +137,26 @@ def kl_div_with_logits_forward_kernel(
     FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
     T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
+    UP: tl.constexpr = 1 if ROWS == 1 else U
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     first_at, second_at = outer * first_outer + d * first_inner, outer * second_outer + d * second_inner
     pair_from = (first_ptr, column(first_at), first_class_stride,
                  second_ptr, column(second_at), second_class_stride)  # fmt: skip
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(first_at, n_cols, label, live, ROWS, BLOCK, HINT)
+    plan = schedule(first_at, n_cols, label, live, ROWS, U, T, V, HINT)
     state = kl_start(ROWS, T)
-    lane = block_lanes(U, T, V)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     for i in range(plan[4]):
-        pair = load_pair(pair_from, clean_col(i, plan, BLOCK), lane, None, HINT)
+        pair = load_pair(pair_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = kl_update(pair, factor, state, U, T, V)
     for i in range(plan[5]):
-        col = masked_col(i, plan, BLOCK)
-        pair = load_pair(pair_from, col, lane, (live, plan[0], plan[1]), HINT)
-        state = kl_update(pair, factor, state, U, T, V)
+        pair = load_pair(pair_from, load_col(i, plan, U, T, V), part, None, HINT)
+        state = kl_update(pair, factor, state, UP, T, V)
+    for i in range(plan[6]):
+        col = masked_col(i, plan, UP * T * V)
+        pair = load_pair(pair_from, col, part, (live, plan[0], plan[1]), HINT)
+        state = kl_update(pair, factor, state, UP, T, V)
     state = kl_join(state)
     if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)

@@ -152,9 +152,10 @@ def perform(launcher: Callable, outputs: tuple, arguments: tuple, tensors: int, 
 
 
 def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:
-    """The warps of a program on a GPU whose warps have `size` threads: an element-wise tile keeps its threads,
-    and with them its 16-byte vectors; the lanes of rows gain threads, which then hold fewer elements each."""
-    return num_warps if "T" in constants else max(1, num_warps * 32 // size)
+    """The warps of a program on a GPU whose warps have `size` threads: as many, unless a thread would be left
+    with less than 16 bytes of each aligned tile."""
+    one_load = constants.get("U") == 1 and constants["ROWS"] == 1
+    return num_warps * 32 // size if constants.get("WIDE") or one_load else num_warps
 
 
 def _class(name: str, value: int | float) -> object:

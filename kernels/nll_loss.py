@@ -14,7 +14,7 @@ from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, rows_at, schedule,
+    block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, masked_col, rows_at, schedule,
     store_block,
 )  # fmt: skip
 from .targets import load_label
@@ -65,7 +65,7 @@ def nll_loss_backward_kernel(
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
     V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = U * T * V
+    UP: tl.constexpr = 1 if ROWS == 1 else U
     outer, d = rows_at(inner, ROWS)
     live = d < inner
     t_at, dx_at = outer * target_outer + d * target_inner, outer * dx_outer + d * dx_inner
@@ -78,18 +78,20 @@ def nll_loss_backward_kernel(
     dy = column(-g * w_y)
     rest = column(tl.where(kept & (label < 0), float("nan"), 0.0))
     to = (dx_ptr, column(dx_at), dx_class_stride)
-    plan = schedule(dx_at, n_cols, label, live, ROWS, BLOCK, HINT)
-    lane = block_lanes(U, T, V)
+    plan = schedule(dx_at, n_cols, label, live, ROWS, U, T, V, HINT)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     labels = column(label)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
         for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradient(to, clean_col(i, plan, BLOCK), lane, None, labels, dy, rest, False, HINT)
+            put_gradient(to, clean_col(i, plan, U * T * V), lane, None, labels, dy, rest, False, HINT)
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            col = masked_col(i, plan, BLOCK)
-            put_gradient(to, col, lane, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)
+            put_gradient(to, load_col(i, plan, U, T, V), part, None, labels, dy, rest, False, HINT)
+        for i in range(plan[6]):
+            col = masked_col(i, plan, UP * T * V)
+            put_gradient(to, col, part, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
             put_gradient(to, 0, edge, (live, 0, n_cols), labels, dy, rest, True, 1)

@@ -94,12 +94,6 @@ def softplus(z):
 
 
 @triton.jit
-def sigmoid(z):
-    e = tl.exp2(-tl.abs(z) * LOG2E)
-    return tl.where(z >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
 def scale2(x, offset):
     """x * log2(e) - offset, rounded once."""
     return tl.fma(x, LOG2E, -offset)

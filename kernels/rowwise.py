@@ -1,9 +1,9 @@
 """What the losses over rows of logits share: which rows and columns a program visits, and how.
 
-A long row has a program of its own. It starts with its first 16-byte aligned element: `full` blocks
-without a mask, then blocks with one (the label's block, which leaves the label out, and the tail), then
-the edges, at most seven elements before and behind. Short rows, and rows whose classes lie apart, stand
-several in a tile [ROWS, BLOCK], every block of it masked. BLOCK is U loads of T lanes of V elements.
+A long row has a program of its own. It starts with its first 16-byte aligned element: blocks of U loads of T
+lanes of V elements without a mask, then what is left of the label's block and of the tail load by load, two of
+them with a mask (the label's, which leaves the label out, and the last), then the edges, at most seven
+elements before and behind. Short rows, and rows whose classes lie apart, stand several in a tile, masked.
 """
 
 from __future__ import annotations
@@ -55,22 +55,27 @@ def total(v):
 
 
 @triton.jit
-def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, BLOCK: tl.constexpr, HINT: tl.constexpr):
-    """(first, end, full, label_block, clean, masked): aligned blocks lie between columns first and end,
-    `full` of them whole; `clean` blocks need no mask, those without the label (label_block is `full`
-    where the label is in none), and `masked` blocks do. Unwanted rows have masked blocks alone."""
+def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
+             V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """(first, end, full, label_block, clean, loads, masked, label_load, n_loads): aligned blocks lie between
+    columns first and end. `clean` of the `full` whole ones are those without the label. The label's block
+    and the tail are cut into loads (a block is U of them): `loads` whole ones without the label, then
+    `masked` ones, with it or not whole. label_block is `full`, and label_load `n_loads`, the whole loads, where
+    the label is in none. Unwanted rows, and tiles of several rows, have masked loads alone (of U there)."""
     if ROWS > 1:
-        return 0, n_cols, 0, 0, 0, tl.cdiv(n_cols, BLOCK)
+        return 0, n_cols, 0, 0, 0, 0, tl.cdiv(n_cols, U * T * V), 0, 0
     else:
         first = tl.minimum((-x_at & (HINT - 1)).to(tl.int32), n_cols)
         end = n_cols - (n_cols - first) % HINT
-        full = (end - first) // BLOCK
+        n_loads = tl.where(wanted, (end - first) // (T * V), 0)
         at = label - first
-        label_block = tl.where((at >= 0) & (at // BLOCK < full), at // BLOCK, full)
-        here = (label_block < full).to(tl.int32)
-        blocks = tl.cdiv(end - first, BLOCK)
-        clean = tl.where(wanted, full - here, 0)
-        return first, end, full, label_block, clean, blocks - clean
+        label_load = tl.where((at >= 0) & (at // (T * V) < n_loads), at // (T * V), n_loads)
+        full, label_block = n_loads // U, label_load // U
+        label_block = tl.where((label_load < n_loads) & (label_block < full), label_block, full)
+        here, one = tl.where(label_block < full, 1, 0), tl.where(label_load < n_loads, 1, 0)
+        loads = n_loads - (full - here) * U - one
+        masked = tl.cdiv(end - first, T * V) - n_loads + one
+        return first, end, full, label_block, full - here, loads, masked, label_load, n_loads
 
 
 @triton.jit
@@ -80,11 +85,20 @@ def clean_col(i, plan, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_col(i, plan, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """The first column of whole load i: those of the label's block, then of the tail, without the label's."""
+    here = tl.where(plan[3] < plan[2], 1, 0)
+    label = plan[7] - tl.where(here > 0, plan[3], plan[2]) * U  # its place among them
+    i += tl.where(i >= label, 1, 0)
+    load = tl.where(i < U * here, plan[3] * U + i, plan[2] * U + i - U * here)
+    return plan[0] + load * (T * V)
+
+
+@triton.jit
 def masked_col(i, plan, BLOCK: tl.constexpr):
-    """The first column of masked block i: the label's block, then the tail; all blocks if none is clean."""
-    _first, _end, full, label_block, clean, _masked = plan
-    block = tl.where((i == 0) & (label_block < full), label_block, full)
-    return plan[0] + tl.where(clean > 0, block, i) * BLOCK
+    """The first column of masked load i, of BLOCK columns: the label's, then the last; all if none is whole."""
+    label = tl.where(plan[7] < plan[8], 1, 0)
+    return plan[0] + tl.where(i < label, plan[7], plan[8] + i - label) * BLOCK
 
 
 @triton.jit

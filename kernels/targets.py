@@ -4,10 +4,10 @@ logit, what it adds to the others' log-sum-exp), and a row's gradient."""
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, sigmoid, tanh
+from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, tanh
 from .rowwise import (
-    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, schedule,
-    store_block,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col,
+    schedule, store_block,
 )  # fmt: skip
 
 
@@ -74,13 +74,13 @@ def load_label_logit(x_ptr, x_at, label, class_stride, softcap, CAP: tl.constexp
 
 @triton.jit
 def meet_label(x_y, m, s):
-    """From a label's logit and the others' (m, s): its scaled and shifted logit u_y, z = lse of the
-    others - x_y (NaN for a logit of +inf), and the row's lse: less m, and as it is."""
+    """From a label's logit and the others' (m, s): z = lse of the others - x_y (NaN for a logit of +inf), and
+    the row's lse: less m, and as it is."""
     u_y = scale2(x_y, m)
     others = log_sum(s)
     z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
     lse = tl.maximum(others, u_y * LN2) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
-    return u_y, z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
+    return z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
 
 
 @triton.jit
@@ -93,17 +93,21 @@ def probabilities_gradient(g, g_z, m, s, b, z_factor, Z: tl.constexpr):
 
 
 @triton.jit
-def label_gradient(g, g_z, w_y, s, b, u_y, z, full_lse, keep, shift, z_factor, SMOOTH: tl.constexpr,
+def label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH: tl.constexpr,
                    Z: tl.constexpr):  # fmt: skip
-    """(P / s, the label's gradient); s is the sum of all classes here."""
+    """(P / the sum of all classes, the label's gradient), s being the sum of the others. With e the label's
+    power, s / (s + e) and e / (s + e) keep their relative accuracy, however far the label is from the others."""
     dense = tl.fma(g * w_y, shift, g * b) if SMOOTH else 0.0
     if Z:
-        dense = tl.fma(2.0 * z_factor * g_z, full_lse, dense)
+        dense = tl.fma(2.0 * z_factor * g_z, meet_label(x_y, m, s)[2], dense)
     hard = g * w_y * keep
-    dy = tl.fma(dense, sigmoid(-z), -hard * sigmoid(z))
+    u_y = tl.minimum(scale2(x_y, m), 126.0, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.where(x_y == float("inf"), float("nan"), tl.exp2(u_y))
+    whole = s + e
+    dy = tl.fma(dense, e / whole, -hard * (s / whole))
     if SMOOTH:
         dy = tl.fma(-g * w_y, shift, dy)
-    return (hard + dense) / (s + tl.exp2(u_y)), dy
+    return (hard + dense) / whole, dy
 
 
 @triton.jit
@@ -145,8 +149,9 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
     x_at, n_cols, label, kept, live = rows
     m, p, g, dy, lse = row_values
     values = (column(m), column(p), column(g), column(dy), column(lse))
-    plan = schedule(x_at, n_cols, label, kept, ROWS, U * T * V, HINT)
-    lane = block_lanes(U, T, V)
+    UP: tl.constexpr = 1 if ROWS == 1 else U
+    plan = schedule(x_at, n_cols, label, kept, ROWS, U, T, V, HINT)
+    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
     if ROWS == 1:
         share = tl.cdiv(plan[4], tl.num_programs(1))
         begin = tl.program_id(1) * share
@@ -156,9 +161,12 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            col = masked_col(i, plan, U * T * V)
-            put_gradients(to, x_from, q_from, col, lane, (kept, plan[0], plan[1]), live,
-                          at_label(col, label, U, T, V), values,
+            put_gradients(to, x_from, q_from, load_col(i, plan, U, T, V), part, None, live, None, values,
+                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+        for i in range(plan[6]):
+            col = masked_col(i, plan, UP * T * V)
+            put_gradients(to, x_from, q_from, col, part, (kept, plan[0], plan[1]), live,
+                          at_label(col, label, UP, T, V), values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
