@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compiled import Code, Loop, compile_launch, launches, tiles_each
+from .compiled import Code, compile_launch, launches, tiles_each
 from .testing import CASES, Case, forward_backward
 
 SAMPLE_ROWS = 8  # rows compiled for: the code does not depend on their number
@@ -72,34 +72,36 @@ class Row(NamedTuple):
         return self.modelled_us / self.bytes_us if self.bytes_us else 0.0
 
 
-def trips(launch: Any, cols: int) -> tuple[int, int, int]:
-    """(elements a thread, trips of the main loop, trips of the masked loop) in one program.
+def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
+    """(elements a thread, trips of each loop) of one program, in the order of the code.
 
-    A long row: whole blocks without a mask, then the label's block and the tail. A tile of short rows: one
-    masked block. An element-wise plane: `trips` tiles, all of them whole but the last program's last."""
+    A long row: whole blocks without a mask, whole loads of the label's block and of the tail, masked loads; a
+    kernel that walks a row twice has the three loops twice. A tile of short rows: masked blocks. An
+    element-wise plane: whole tiles, and masked ones, which the last program alone has."""
     constants, threads = launch.constants, launch.num_warps * 32
+    if "T" in constants and constants["ROWS"] == 1:
+        load, u = constants["T"] * constants["V"], constants["U"]
+        label = constants.get("PROBS") is False or launch.kernel.__name__.startswith("nll_loss")
+        loads = cols // load
+        blocks = max(loads // u - label, 0)
+        return cols // threads, (blocks, loads - blocks * u - label, label + (cols % load > 0))
     if "T" in constants:
         block = constants["U"] * constants["T"] * constants["V"]
-        blocks = -(-cols // block)
-        masked = min(2, blocks) if constants["ROWS"] == 1 else blocks
-        return constants["ROWS"] * cols // threads, blocks - masked, masked
+        return constants["ROWS"] * cols // threads, (-(-cols // block),)
     if "BLOCK" not in constants:  # one element a row is gathered
-        return 1, 0, 1
+        return 1, (1,)
     tiles = launch.scalars["trips"]
-    return tiles * constants["ROWS"] * constants["BLOCK"] // threads, tiles, 0
+    return tiles * constants["ROWS"] * constants["BLOCK"] // threads, (tiles, 0)
 
 
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     """Machine instructions and special-function operations an element."""
-    elements, main, masked = trips(launch, cols)
-    loops = [loop for loop in code.loops if loop.load_bytes] or list(code.loops)
-    total = Loop(*code.outside)
-    instructions, special = float(total.instructions), float(total.special)
-    unrolled = max((loop.load_bytes for loop in loops), default=0) // max(
-        min((loop.load_bytes for loop in loops if loop.load_bytes), default=1), 1
-    )
-    for k, loop in enumerate(loops[:2]):
-        times = main / max(unrolled, 1) if k == 0 and main else masked
+    elements, counts = trips(launch, cols)
+    instructions, special = float(code.outside.instructions), float(code.outside.special)
+    for k, loop in enumerate(code.loops):
+        times = float(counts[k % len(counts)])
+        if len(counts) == 3 and k % 3 == 0 and (one := code.loops[k + 1].load_bytes):
+            times /= max(1, loop.load_bytes // (launch.constants["U"] * one))  # the assembler unrolled it
         instructions += loop.instructions * times
         special += loop.special * times
     return instructions / max(elements, 1), special / max(elements, 1)

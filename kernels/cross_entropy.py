@@ -243,7 +243,7 @@ def cross_entropy_backward(
     dense = probs or label_smoothing != 0.0
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if probs else 2,
-        loads=2 if weight is not None or softcap else 4, tiny=weight is None or not dense,
+        loads=2 if weight is not None or softcap or x.element_size() > 2 else 4, tiny=weight is None or not dense,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
