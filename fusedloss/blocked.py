@@ -18,7 +18,7 @@ from . import reference
 from .pieces import PIECE, SINGLE, columns, log1p_, log1p_sum, store, walk
 from .reference import BATCHMEAN, HALF, MEAN, NONE
 
-LARGE = 1 << 21  # elements of the input: below, what is saved does not pay for the threads
+LARGE = 1 << 22  # elements of the input: below, what is saved does not pay for the threads
 THREADS = 8  # with more, Python could not start operations fast enough
 CLASSES = 8192  # the same for the classes of a row: softmax of more than one row at a time starts torch's threads
 RARE = 1e-30  # of a smaller probability digits may be lost
@@ -296,8 +296,8 @@ def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
         return False
     if name == "CrossEntropy":
         z_loss, softcap = others[4:6]
-        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES:
-            return False
+        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.numel() < 2 * LARGE:
+            return False  # torch's is fast as long as malloc keeps its memory, up to 32 MiB
         if target.dtype is torch.int64:
             low, high = target.where(target != others[2], 0).aminmax()
             return bool(low >= 0 and high < x.shape[1])

@@ -21,6 +21,7 @@ from . import oracle
 TASKS = "/proc/self/task"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
+REAL = [(m, n, getattr(m, n)) for m, n in ((pieces, "PIECE"), (pieces, "LOG1P"), (blocked, "PIECE"))]
 SIZES = {"fits": (12, 40), "ragged": (37, 40), "wide": (5, 129)}  # pieces of 96 elements, groups of 192
 
 
@@ -389,7 +390,7 @@ class TestFullSize:
 
     @pytest.fixture(autouse=True)
     def real(self, monkeypatch, small):
-        for module, name, value in ((pieces, "PIECE", 32640), (pieces, "LOG1P", 2048), (blocked, "PIECE", 32640)):
+        for module, name, value in REAL:
             monkeypatch.setattr(module, name, value)
 
     @pytest.mark.skipif(not os.path.isdir(TASKS), reason="counts the process's threads as Linux shows them")
