@@ -1,4 +1,4 @@
-"""Who computes: the Triton kernels or the reference. Decided here, once a call, and nowhere else."""
+"""Who computes: the Triton kernels or the reference, whole or in pieces. Decided here, once a call, nowhere else."""
 
 import os
 from importlib import import_module
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from . import blocked
 from .reference import BACKWARD, FORWARD, INPLACE, NONE
 
 TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
@@ -22,6 +24,7 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 FUNCTIONS = {  # class: its module in fusedloss.autograd
     "BCE": "bce",
     "BCEWithLogits": "bce_with_logits",
+    "Blocked": "blocked",
     "CrossEntropy": "cross_entropy",
     "Entropy": "entropy",
     "EntropyWithLogits": "entropy",
@@ -134,13 +137,22 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
-    """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype."""
+    """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype.
+
+    The reference's large CPU tensors are computed piece by piece: one comparison is all that small ones pay.
+    """
     if (x.is_cuda or _any_device) and path(x) == TRITON and _suits(x, others):
         if name in BINARY:
             others = (others[0], *(o.expand_as(x) if isinstance(o, Tensor) else o for o in others[1:]))
         if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
             others = (x.view_as(x), *others[1:])
         return function(name).apply(x, *others)
+    if not is_compiling() and x.numel() >= blocked.LARGE and blocked.suits(name, x, others):
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            loss, _ = blocked.compute(name, x.detach(), others, False)
+        else:
+            loss = function("Blocked").apply(name, reference, x, *others)
+        return (loss, None) if name == "CrossEntropy" else loss
     return reference(x, *others)
 
 

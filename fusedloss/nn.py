@@ -183,17 +183,18 @@ class KLDivWithLogitsLoss(nn.Module):
         temperature: float = 1.0,
         reverse: bool = False,
         reduction: str = "batchmean",
+        grad_in_forward: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.temperature, self.reverse = dim, temperature, reverse
-        self.reduction, self.dtype = reduction, dtype
+        self.reduction, self.grad_in_forward, self.dtype = reduction, grad_in_forward, dtype
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.kl_div_with_logits(
             input, target,
             dim=self.dim, temperature=self.temperature, reverse=self.reverse,
-            reduction=self.reduction, dtype=self.dtype,
+            reduction=self.reduction, grad_in_forward=self.grad_in_forward, dtype=self.dtype,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LOG2E, log1p, log1p_unit
 from .operators import MEAN, NONE
@@ -176,7 +176,8 @@ def bce_with_logits_forward_grad(outputs, x, target, weight, pos_weight, label_s
 
 def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction):
     reduce, scale = reduction != NONE, 1.0 / x.numel() if reduction == MEAN else 1.0
-    to = walk(None if reduce else out, dx, x, target, weight, pos_weight)
+    tile = TILE if dx is None else TILE // 2
+    to = walk(None if reduce else out, dx, x, target, weight, pos_weight, tile=tile)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_with_logits_forward_kernel, (to.programs,), parts, *to.tensors[1:],

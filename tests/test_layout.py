@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# package: those below it. Kernels see nothing of the package, Functions see kernels and the reference.
+# package: those below it. Kernels see nothing of the package; Functions see kernels, the reference and its pieces.
 LAYERS = {
     "kernels": {"kernels"},
-    "autograd": {"autograd", "kernels", "fusedloss.reference"},
+    "autograd": {"autograd", "kernels", "fusedloss.reference", "fusedloss.blocked"},
     "fusedloss.reference": set(),
+    "fusedloss.pieces": set(),
+    "fusedloss.blocked": {"fusedloss.pieces", "fusedloss.reference"},
     "fusedloss.checks": set(),
-    "fusedloss.dispatch": {"autograd", "fusedloss.reference"},
+    "fusedloss.dispatch": {"autograd", "fusedloss.reference", "fusedloss.blocked"},
     "fusedloss.divergence": {"fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch"},
     "fusedloss.functional": {
         "fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch", "fusedloss.divergence"

@@ -138,7 +138,8 @@ def test_excludes_inplace():
 
 def test_modules_take_it(kernels, device):
     x, y = torch.randn(4, 6, device=device, requires_grad=True), torch.tensor([0, 1, 2, 5], device=device)
-    for kind, target in ((fusedloss.CrossEntropyLoss, y), (fusedloss.BCEWithLogitsLoss, torch.rand_like(x))):
+    for kind, target in ((fusedloss.CrossEntropyLoss, y), (fusedloss.BCEWithLogitsLoss, torch.rand_like(x)),
+                         (fusedloss.KLDivWithLogitsLoss, torch.rand_like(x))):  # fmt: skip
         with Operators() as operators:
             kind(grad_in_forward=True)(x, target)
         assert [name.endswith("_grad.default") for name in operators.ours] == [True]

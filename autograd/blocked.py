@@ -1,0 +1,48 @@
+"""The losses that are computed in pieces, on large CPU tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedloss import blocked
+
+from .gradient import Fused, gradients
+
+
+class Blocked(Fused):
+    """Saved for backward: the arguments, and the gradient under an upstream of 1, which the first backward takes.
+    It is computed in backward where the upstream cannot wait: one of float16 would vanish without the loss's scale,
+    and unreduced losses have one each."""
+
+    @staticmethod
+    def forward(ctx, name, reference, x, *others):
+        now = x.dtype is not torch.float16 and not blocked.unreduced(name, others)
+        loss, ctx.dx = blocked.compute(name, x.detach(), others, now)
+        ctx.save_for_backward(x, *(o if isinstance(o, Tensor) else None for o in others))
+        ctx.numbers = [None if isinstance(o, Tensor) else o for o in others]
+        ctx.name, ctx.reference = name, reference
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, *saved = ctx.saved_tensors
+        others = [number if t is None else t for t, number in zip(saved, ctx.numbers, strict=True)]
+        none = [None] * len(others)
+
+        def launch(dloss):
+            dx, ctx.dx = ctx.dx, None
+            if dx is None:
+                return (blocked.gradient(ctx.name, x.detach(), others, dloss),)
+            factor = dloss.item()
+            return (dx if factor == 1.0 else dx.mul_(factor),)
+
+        def composed(x, _=None):
+            loss = ctx.reference(x, *others)
+            return loss[0] if isinstance(loss, tuple) else loss
+
+        if not blocked.ordinary(dloss):  # a batch of gradients, or one that is watched
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return None, None, *torch.autograd.grad(composed(x), x, dloss), *none
+        return None, None, *gradients(launch, composed, dloss, x)[:1], *none
