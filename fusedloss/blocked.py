@@ -286,7 +286,7 @@ def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
         return False
     if name == "CrossEntropy":
         z_loss, softcap = others[4:6]
-        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.numel() < 2 * LARGE:
+        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.nbytes < 8 * LARGE:
             return False  # torch's is fast as long as malloc keeps its memory, up to 32 MiB
         if target.dtype is torch.int64:
             low, high = target.where(target != others[2], 0).aminmax()
