@@ -166,7 +166,7 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
     pairs = [(0, 0) if t is None else next(strides) for t in tensors]
     rows, cols = flat.rows, flat.cols
     if rows > 1:
-        tile = min(tile, TILE // 2)  # for the addresses
+        tile = min(tile, TILE // 2 if cols > 128 else TILE // 4)  # for the addresses
     block = tile
     if rows > 1 and cols <= 1024:
         block = 16 if cols <= 16 else 128 if cols <= 128 else 1024

@@ -13,8 +13,17 @@ import torch
 
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
 LIBRARY = torch.library.Library("fusedloss", "DEF")
-PLAIN = (torch.Tensor, torch.nn.Parameter, int)  # what an operator's first two arguments are, if nothing else
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _forwards: dict[str, tuple[str, Callable]] = {}  # an operator's schema and its allocation
+
+
+def plain(argument: torch.Tensor | int) -> bool:
+    """Whether this is no subclass, no batch of vmap's fallback, and no view that stands for its negative."""
+    return type(argument) is int or (
+        type(argument) in PLAIN
+        and not torch._C._functorch.is_legacy_batchedtensor(argument)
+        and not argument.is_neg()
+    )
 
 
 def unwatched(implementation: Callable, name: str) -> Callable:
@@ -25,8 +34,8 @@ def unwatched(implementation: Callable, name: str) -> Callable:
     def call(*arguments):
         if (
             torch.compiler.is_dynamo_compiling()
-            or type(arguments[0]) not in PLAIN
-            or type(arguments[1]) not in PLAIN
+            or not plain(arguments[0])
+            or not plain(arguments[1])
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._are_functorch_transforms_active()

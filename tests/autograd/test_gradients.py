@@ -192,3 +192,13 @@ def test_class_weight_in_every_layout(path, name):
         loss = ours(x, labels, weight)
         torch.testing.assert_close(loss, expected)
         assert_all_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
+
+
+def test_a_view_that_stands_for_its_negative(kernels, device):
+    """The imaginary part of a conjugate is memory of the other sign, which torch remembers in a bit."""
+    x = torch.randn(3, 10, dtype=torch.complex64, device=device).conj().imag
+    assert x.is_neg()
+    y = torch.tensor([1, 2, 3], device=device)
+    leaf, plain = x.detach().requires_grad_(), x.clone().detach().resolve_neg().requires_grad_()
+    results = [[loss := fusedloss.cross_entropy(t, y), *torch.autograd.grad(loss, t)] for t in (leaf, plain)]
+    assert_all_close(*results)
