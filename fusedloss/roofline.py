@@ -97,10 +97,12 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     """Machine instructions and special-function operations an element."""
     elements, counts = trips(launch, cols)
+    if len(code.loops) % len(counts):  # the compiler saw that one of them never runs
+        counts = tuple(c for c in counts if c) or counts
     instructions, special = float(code.outside.instructions), float(code.outside.special)
     for k, loop in enumerate(code.loops):
         times = float(counts[k % len(counts)])
-        if len(counts) == 3 and k % 3 == 0 and (one := code.loops[k + 1].load_bytes):
+        if len(counts) == 3 and k % 3 == 0 and k + 1 < len(code.loops) and (one := code.loops[k + 1].load_bytes):
             times /= max(1, loop.load_bytes // (launch.constants["U"] * one))  # the assembler unrolled it
         instructions += loop.instructions * times
         special += loop.special * times
