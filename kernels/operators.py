@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _forwards: dict[str, tuple[str, Callable]] = {}  # an operator's schema and its allocation
 
 
-def plain(argument: torch.Tensor | int) -> bool:
+def plain(argument: Any) -> bool:
     """Whether this is no subclass, no batch of vmap's fallback, and no view that stands for its negative."""
     return type(argument) is int or (
         type(argument) in PLAIN
