@@ -196,6 +196,7 @@ def cross_entropy_forward_grad(
 ):
     """With the gradient of x. A mean's factor is known first: labels are counted, or weighed, before."""
     loss, z, saved, dx = outputs
+    weight = None if weight is None else weight.contiguous()
     if reduction == MEAN and not target.is_floating_point():
         count_factors(saved[-2:], target.reshape(-1), weight, x.size(min(1, x.dim() - 1)), ignore_index)
     _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
