@@ -198,7 +198,8 @@ def cross_entropy_forward_grad(
     loss, z, saved, dx = outputs
     weight = None if weight is None else weight.contiguous()
     if reduction == MEAN and not target.is_floating_point():
-        count_factors(saved[-2:], target.reshape(-1), weight, x.size(min(1, x.dim() - 1)), ignore_index)
+        labels = target if target.dim() == 1 else target.reshape(-1)
+        count_factors(saved, saved.numel() - 2, labels, weight, x.size(min(1, x.dim() - 1)), ignore_index)
     _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
 
 

@@ -71,24 +71,24 @@ def reduce_means(loss, z, saved, at: int, parts: torch.Tensor, with_z: bool, mea
 
 @kernel
 def factors_kernel(
-    scale_ptr, target_ptr, weight_ptr, n, n_cols, ignore_index, label_stride,
+    scale_ptr, target_ptr, weight_ptr, n, n_cols, ignore_index, label_stride, at,
     WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     weight, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        at = row.to(tl.int64) * label_stride
-        label, w_y, kept = load_label(target_ptr, weight_ptr, at, row < n, n_cols, ignore_index, WEIGHT)
+        place = row.to(tl.int64) * label_stride
+        label, w_y, kept = load_label(target_ptr, weight_ptr, place, row < n, n_cols, ignore_index, WEIGHT)
         weight += w_y
         count += kept.to(tl.float32)
-    tl.store(scale_ptr, 1.0 / tl.sum(weight))
-    tl.store(scale_ptr + 1, 1.0 / tl.sum(count))
+    tl.store(scale_ptr + at, 1.0 / tl.sum(weight))
+    tl.store(scale_ptr + at + 1, 1.0 / tl.sum(count))
 
 
-def count_factors(scale, labels: torch.Tensor, weight, n_cols: int, ignore_index: int) -> None:
-    """scale <- the factors of a mean that reduce_means will find, from the labels (one dimension) alone."""
+def count_factors(saved, at: int, labels: torch.Tensor, weight, n_cols: int, ignore_index: int) -> None:
+    """saved[at:] <- the factors of a mean that reduce_means will find, from the labels (one dimension) alone."""
     launch(
-        factors_kernel, (1,), scale, labels, weight,
-        scalars=dict(n=labels.numel(), n_cols=n_cols, ignore_index=ignore_index, label_stride=labels.stride(0)),
+        factors_kernel, (1,), saved, labels, weight,
+        scalars=dict(n=labels.numel(), n_cols=n_cols, ignore_index=ignore_index, label_stride=labels.stride(0), at=at),
         constants=dict(WEIGHT=int(weight is not None), BLOCK=4096), num_warps=16,
     )  # fmt: skip
