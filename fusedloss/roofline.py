@@ -75,16 +75,18 @@ class Row(NamedTuple):
 def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
     """(elements a thread, trips of each loop) of one program, in the order of the code.
 
-    A long row: whole blocks without a mask, whole loads of the label's block and of the tail, masked loads; a
-    kernel that walks a row twice has the three loops twice. A tile of short rows: masked blocks. An
-    element-wise plane: whole tiles, and masked ones, which the last program alone has."""
+    A long row: whole blocks without a mask, whole parts of the label's block and of the tail where a part is
+    less than a block, masked parts; a kernel that walks a row twice has these loops twice. A tile of short rows:
+    masked blocks. An element-wise plane: whole tiles, and masked ones, which the last program alone has."""
     constants, threads = launch.constants, launch.num_warps * 32
     if "T" in constants and constants["ROWS"] == 1:
-        load, u = constants["T"] * constants["V"], constants["U"]
+        part, each = constants["UP"] * constants["T"] * constants["V"], constants["U"] // constants["UP"]
         label = constants.get("PROBS") is False or launch.kernel.__name__.startswith("nll_loss")
-        loads = cols // load
-        blocks = max(loads // u - label, 0)
-        return cols // threads, (blocks, loads - blocks * u - label, label + (cols % load > 0))
+        parts = cols // part
+        blocks = max(parts // each - label, 0)
+        label = label and parts > 0  # else it is in the tail
+        counts = blocks, parts - blocks * each - label, label + (cols % part > 0)
+        return cols // threads, counts if each > 1 else counts[::2]
     if "T" in constants:
         block = constants["U"] * constants["T"] * constants["V"]
         return constants["ROWS"] * cols // threads, (-(-cols // block),)
@@ -121,7 +123,7 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
     """The rows of one case: every kernel of forward and backward, reductions apart."""
     reduction = reduction if reduction in case.reductions else case.reductions[0]
     flat = case.forward_bytes != (0, 0) and case.loss in (
-        "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
+        "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "entropy",
     )  # fmt: skip
     shape = (max(1, rows * cols // 65536 // 16), 65536) if flat else (SAMPLE_ROWS, cols)
     inputs = case.make_inputs(shape, dtype, "cpu")

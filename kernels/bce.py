@@ -19,27 +19,30 @@ from .reduce import reduce_sum
 
 @triton.jit
 def bce_term(p, t):
+    """The loss, and s, of which a negative one makes it nan (as nan itself does)."""
     q = 1.0 - p
     s = tl.minimum(p, q)
     weight = tl.where(p <= 0.5, t, 1.0 - t)  # of log s
     scaled = tl.fma(s, 16777216.0, 0.0)  # no subnormal number, no -0
     log_s = tl.maximum(log(scaled, 24), -100.0)  # of -104 at 0
-    loss = tl.fma(-weight, log_s, (weight - 1.0) * log1m_half(s))
-    return tl.where(s >= 0, loss, float("nan"))
+    log_q = log1m_half(s)
+    return tl.fma(weight, log_q - log_s, -log_q), s
 
 
 @triton.jit
-def add_loss(total, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
+def add_loss(total, least, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
              WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """A tile's loss, added to the lanes' totals or written. Where there is no element, p = t = 0 adds 0."""
-    loss = bce_term(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
+    """A tile's loss, added to the lanes' totals or written; with the totals, the least s of a lane. Where there is
+    no element, p = t = 0 adds 0."""
+    loss, s = bce_term(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
     if WEIGHT:
         loss *= load(w_from, at, mask, WIDE)
     if REDUCE:
-        total += tl.sum(lanes(loss, V), 1)
+        total += tl.sum(lanes(loss, V, WIDE), 1)
+        least = tl.minimum(least, tl.min(lanes(s, V, WIDE), 1))
     else:
-        store(out, loss, at, mask, WIDE)
-    return total
+        store(out, tl.where(s >= 0, loss, float("nan")), at, mask, WIDE)
+    return total, least
 
 
 @kernel
@@ -54,14 +57,16 @@ def bce_forward_kernel(
     out = (out_ptr, out_row, out_col_stride)
     p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
     w = (weight_ptr, weight_row, weight_col_stride)
-    total = tl.zeros([ROWS * BLOCK // V], tl.float32)
+    total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
-        total = add_loss(total, out, p, t, w, tile_at(i, plan, ROWS, BLOCK), None, WEIGHT, REDUCE, WIDE, V)
+        at = tile_at(i, plan, ROWS, BLOCK)
+        total, least = add_loss(total, least, out, p, t, w, at, None, WEIGHT, REDUCE, WIDE, V)
     for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total = add_loss(total, out, p, t, w, tile_at(i, plan, ROWS, BLOCK), mask, WEIGHT, REDUCE, WIDE, V)
+        at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
+        total, least = add_loss(total, least, out, p, t, w, at, mask, WEIGHT, REDUCE, WIDE, V)
     if REDUCE:
+        total = tl.where(least < 0, float("nan"), total)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
@@ -117,7 +122,7 @@ def bce_forward(out, x, target, weight, reduction, dtype):
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
-        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants, V=16 // x.element_size()),
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants, V=to.lane),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

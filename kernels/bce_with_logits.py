@@ -61,7 +61,7 @@ def add_loss(total, q, out, dx, sources, smooth, g, at, mask, WEIGHT: tl.constex
             t = tl.where(mask, t, 0.0)
     a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
     if REDUCE and not WEIGHT and not POS_WEIGHT:
-        q_tile = fold_product(lanes(e, V), V)
+        q_tile = fold_product(lanes(e, V, WIDE), V)
         q = tl.fma(q, q_tile, q + q_tile)
     elif POS_WEIGHT:
         a = tl.fma(factor, log1p_unit(e), a)
@@ -71,9 +71,9 @@ def add_loss(total, q, out, dx, sources, smooth, g, at, mask, WEIGHT: tl.constex
     if GRAD:
         store(dx, input_gradient(x, t, p, g * w, POS_WEIGHT), at, mask, WIDE)
     if REDUCE and WEIGHT:
-        total = add_dot(total, lanes(a, V), lanes(w, V))
+        total = add_dot(total, lanes(a, V, WIDE), lanes(w, V, WIDE))
     elif REDUCE:
-        total += tl.sum(lanes(a, V), 1)
+        total += tl.sum(lanes(a, V, WIDE), 1)
     else:
         store(out, a * w, at, mask, WIDE)
     return total, q
@@ -185,7 +185,7 @@ def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction)
         | to.stride_scalars("out", "dx", "x", "target", "weight", "pos_weight"),
         constants=dict(
             WEIGHT=weight is not None, POS_WEIGHT=pos_weight is not None, SMOOTH=label_smoothing != 0.0,
-            REDUCE=reduce, GRAD=dx is not None, **to.constants, V=16 // x.element_size(),
+            REDUCE=reduce, GRAD=dx is not None, **to.constants, V=to.lane,
         ),
         num_warps=NUM_WARPS,
     )  # fmt: skip

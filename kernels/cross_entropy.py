@@ -19,7 +19,8 @@ from .numerics import LN2, log_sum, softplus
 from .operators import MEAN, NONE
 from .reduce import count_factors, reduce_means
 from .rowwise import (
-    EDGE, at_label, block_lanes, clean_col, column, edge_cols, load_col, masked_col, rows_at, schedule, total,
+    EDGE, at_label, block_lanes, clean_col, column, edge_cols, masked_col, others_of, part_col, rows_at, schedule,
+    total,
 )  # fmt: skip
 from .targets import (
     label_gradient, load_label, load_label_logit, load_others, load_q, load_x, meet_label,
@@ -36,12 +37,10 @@ def cross_entropy_forward_kernel(
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
     REDUCE: tl.constexpr, GRAD: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
-    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    UP: tl.constexpr = 1 if ROWS == 1 else U
     DENSE: tl.constexpr = PROBS or SMOOTH
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
     label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
@@ -49,31 +48,33 @@ def cross_entropy_forward_kernel(
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
     q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
-    plan = schedule(x_at, n_cols, label, kept, ROWS, U, T, V, HINT)
+    plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
+    beyond = tl.where(kept, plan[1], 0) if DENSE or CAP else None
     m, s, a, b = lse_start(ROWS, T)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     for i in range(plan[4]):
         col = clean_col(i, plan, U * T * V)
         x = load_x(x_from, col, lane, None, CAP, HINT)
         q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
-        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, U, T, V)
+        m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, U, T, V)
     for i in range(plan[5]):
-        col = load_col(i, plan, U, T, V)
+        col = part_col(i, plan, U // UP, UP * T * V)
         x = load_x(x_from, col, part, None, CAP, HINT)
         q = load_q(q_from, col, part, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
-        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, UP, T, V)
+        m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, UP, T, V)
     for i in range(plan[6]):
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
-                           at_label(col, label, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        m, s, a, b = lse_update(x, q, m, s, a, b, DENSE, UP, T, V)
+                           at_label(col, label, beyond, UP, T, V, HINT), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
+        q_sum = shift * others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
+        m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
         edge = edge_cols(plan)
-        bounds, is_label = (kept, 0, n_cols), edge == label
-        x, q = load_others(x_from, q_from, 0, edge, bounds, is_label, DENSE, PROBS, WEIGHT, CAP, 1)
+        left_out = (edge == label) | (edge >= tl.where(kept, n_cols, 0))
+        x, q = load_others(x_from, q_from, 0, edge, (kept, 0, n_cols), left_out, DENSE, PROBS, WEIGHT, CAP, 1)
         m2, s2, a2, b2 = lse_start(1, EDGE)
-        m2, s2, a2, b2 = lse_update(x, q, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
+        m2, s2, a2, b2 = lse_update(x, q, None, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
         m2, s2, a2, b2 = lse_join(m2, s2, a2, b2)
         m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
     if PROBS:
@@ -83,9 +84,9 @@ def cross_entropy_forward_kernel(
     else:
         x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
         z, lse, full_lse = meet_label(x_y, m, s)
-        loss = w_y * (keep + shift) * softplus(z)
+        loss = w_y * softplus(z)
         if SMOOTH:
-            loss += tl.fma(b, lse, a * -LN2)  # of the others
+            loss = tl.fma(keep + shift, loss, tl.fma(b, lse, a * -LN2))  # the label's, and the others'
     at = rows_ptr + row
     tl.store(at, m, mask=live)
     tl.store(at + n_rows, s, mask=live)
@@ -97,7 +98,7 @@ def cross_entropy_forward_kernel(
     if REDUCE:
         part, parts = loss_ptr + tl.program_id(0), tl.num_programs(0)
         tl.store(part, total(loss))
-        tl.store(part + parts, total(tl.where(kept, w_y, 0.0)))
+        tl.store(part + parts, total(tl.where(kept, 1.0, 0.0) if PROBS else w_y))
         if Z:
             tl.store(part + 2 * parts, total(z_loss))
             tl.store(part + 3 * parts, total(tl.where(kept, 1.0, 0.0)))
@@ -116,7 +117,7 @@ def cross_entropy_forward_kernel(
             p, dy = label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH, Z)
         to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride, None, 0, 0)
         put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
-                 PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, T, V, HINT)  # fmt: skip
+                 PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 
 @kernel
@@ -127,10 +128,9 @@ def cross_entropy_backward_kernel(
     x_outer, x_inner, x_class_stride, target_outer, target_inner, target_class_stride,
     PROBS: tl.constexpr, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr,
     REDUCE: tl.constexpr, TARGET_GRAD: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
-    U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
     label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
@@ -142,8 +142,8 @@ def cross_entropy_backward_kernel(
     m, s = tl.load(at, mask=kept, other=0.0), tl.load(at + n_rows, mask=kept, other=1.0)
     if REDUCE:
         scale_ptr = rows_ptr + (3 if PROBS or SMOOTH else 2) * n_rows
-        g = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
-        g_z = tl.full(d.shape, 0.0, tl.float32) + tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
+        g = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
+        g_z = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
     else:
         g = tl.load(dloss_ptr + outer * dloss_outer + d * dloss_inner, mask=live, other=0.0).to(tl.float32)
         g_z = g
@@ -160,7 +160,7 @@ def cross_entropy_backward_kernel(
     to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
           dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
     put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
-             PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
+             PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 
 def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
@@ -211,7 +211,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
         narrow=2 if dx is None and not dense else 4, loads=loads, twice=dx is not None,
-        tiny=weight is None or not dense,
+        shortest=128 if weight is not None and dense else 0,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
@@ -245,7 +245,8 @@ def cross_entropy_backward(
     dense = probs or label_smoothing != 0.0
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if probs else 2,
-        loads=2 if weight is not None or softcap or x.element_size() > 2 else 4, tiny=weight is None or not dense,
+        loads=2 if weight is not None or softcap or x.element_size() > 2 else 4,
+        shortest=128 if weight is not None and dense else 0,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)

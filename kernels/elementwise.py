@@ -16,7 +16,8 @@ from .layout import contiguous_plane
 
 TILE = 2048
 NUM_WARPS = 4
-MAX_TRIPS = 8  # of whole TILEs: a lane's product of 1 + e stays below 2^(MAX_TRIPS * 8)
+MAX_TRIPS = 8  # of whole TILEs
+MAX_LANE = 120  # elements: a lane's product of 1 + e, e in [0, 1], stays finite
 FILL = 1024  # programs that fill the largest GPU: with fewer, a program takes fewer tiles
 VECTOR = 8
 
@@ -97,9 +98,13 @@ def store(to, value, at, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
-def lanes(tile, V: tl.constexpr):
-    """[ROWS, BLOCK] -> [lanes, V]."""
-    return tl.reshape(tile, [tile.shape[0] * tile.shape[1] // V, V])
+def lanes(tile, V: tl.constexpr, WIDE: tl.constexpr):
+    """[ROWS, BLOCK] -> [lanes, V], a lane's elements in one thread: neighbours where accesses are wide."""
+    LANES: tl.constexpr = tile.shape[0] * tile.shape[1] // V
+    if WIDE:
+        return tl.reshape(tile, [LANES, V])
+    else:
+        return tl.trans(tl.reshape(tile, [V, LANES]))
 
 
 @triton.jit
@@ -135,6 +140,12 @@ class Walk(NamedTuple):
     def constants(self) -> dict[str, int | bool]:
         return dict(ROWS=self.tile_rows, BLOCK=self.block, FLAT=self.rows == 1, WIDE=self.wide)
 
+    @property
+    def lane(self) -> int:
+        """The elements of a lane: those that a thread loads at once, or all that it has."""
+        first = next(t for t in self.tensors if t is not None)
+        return 16 // first.element_size() if self.wide else min(8, self.tile_rows * self.block // (32 * NUM_WARPS))
+
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
             f"{name}_{axis}": stride
@@ -150,8 +161,8 @@ class Walk(NamedTuple):
 
 
 def trips_of(tiles: int, tile: int) -> int:
-    """Tiles a program: as many as leave enough programs to fill a GPU."""
-    return max(1, min(MAX_TRIPS * TILE // tile, tiles // FILL))
+    """Tiles a program: as many as leave enough programs to fill a GPU. A lane has up to VECTOR elements of each."""
+    return max(1, min(MAX_TRIPS * TILE // tile, MAX_LANE // VECTOR, tiles // FILL))
 
 
 def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
@@ -165,17 +176,17 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
     placed = [None if t is None else next(rest) for t in tensors]
     pairs = [(0, 0) if t is None else next(strides) for t in tensors]
     rows, cols = flat.rows, flat.cols
-    if rows > 1:
-        tile = min(tile, TILE // 2 if cols > 128 else TILE // 4)  # for the addresses
+    wide = (rows == 1 or cols > 128) and all(
+        col == 1 and row % VECTOR == 0 and t.data_ptr() % 16 == 0
+        for t, (row, col) in zip(there, flat.strides, strict=True)
+    )
+    if rows > 1:  # for the addresses
+        tile = min(tile, TILE // 2 if wide else TILE // 4)
     block = tile
     if rows > 1 and cols <= 1024:
-        block = 16 if cols <= 16 else 128 if cols <= 128 else 1024
+        block = 16 if cols <= 16 else 128 if cols <= 128 else min(tile, 1024)
     tile_rows = max(1, tile // block)
     row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, block)
     trips = trips_of(row_tiles * col_tiles, tile)
     chunks = triton.cdiv(col_tiles, trips)
-    wide = block >= 1024 and all(
-        col == 1 and row % VECTOR == 0 and t.data_ptr() % 16 == 0
-        for t, (row, col) in zip(there, flat.strides, strict=True)
-    )
     return Walk(rows, cols, pairs, placed, tile_rows, block, chunks, trips, row_tiles * chunks, wide)

@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import FILL, MAX_TRIPS, NUM_WARPS, TILE, VECTOR, load, store, tile_at, tile_mask
+from .elementwise import NUM_WARPS, VECTOR, load, store, tile_at, tile_mask, trips_of
 from .launch import kernel, launch, scratch
 from .layout import Rows, contiguous_rows, plane
 from .numerics import log, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
+
+TILE = 1024
 
 
 @triton.jit
@@ -32,9 +34,10 @@ def entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS: tl.constexpr,
 
 
 @triton.jit
-def add_entropy(total, p_from, at, mask, WIDE: tl.constexpr):
+def add_entropy(total, least, p_from, at, mask, WIDE: tl.constexpr):
+    """Into an element's totals: -p log p, and the least p."""
     p = load(p_from, at, mask, WIDE)
-    return total + tl.where(p < 0, float("-inf"), -p * log(p))  # log(0) is finite: 0 log 0 = 0
+    return tl.fma(-p, log(p), total), tl.minimum(least, p)  # log(0) is finite: 0 log 0 = 0
 
 
 @kernel
@@ -46,12 +49,13 @@ def entropy_forward_kernel(
 ):  # fmt: skip
     outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
     p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    total, least = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(plan[3]):
-        total = add_entropy(total, p_from, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
+        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
     for i in range(plan[3], plan[3] + plan[4]):
         mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
-        total = add_entropy(total, p_from, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
+        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
+    total = tl.where(least < 0, float("-inf"), total)
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
     else:
@@ -145,7 +149,7 @@ def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling
     row_tiles, col_tiles = triton.cdiv(walk.inner, tile_rows), triton.cdiv(cols, block)
     trips = col_tiles
     if split:
-        trips = max(1, min(MAX_TRIPS, walk.outer * row_tiles * col_tiles // FILL, col_tiles))
+        trips = min(trips_of(walk.outer * row_tiles * col_tiles, TILE), col_tiles)
     chunks = triton.cdiv(col_tiles, trips)
     return Tiling(list(tensors), walk, tile_rows, block, row_tiles, chunks, trips)
 

@@ -16,8 +16,8 @@ from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2,
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col, row_max,
-    row_sum, rows_at, schedule, store_block, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col, row_max,
+    row_sum, rows_at, schedule, shares, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -75,22 +75,20 @@ def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
 
 
 @triton.jit
-def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
-             V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr,
+             T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, shared among the programs of the second grid axis."""
     x_at, n_cols, live = rows
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, T, V, HINT)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
+        begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
             put_gradient(to, x_from, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values, HINT)
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            put_gradient(to, x_from, load_col(i, plan, U, T, V), part, None, values, HINT)
+            put_gradient(to, x_from, part_col(i, plan, U // UP, UP * T * V), part, None, values, HINT)
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
             put_gradient(to, x_from, col, part, (live, plan[0], plan[1]), values, HINT)
@@ -103,23 +101,21 @@ def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, T: t
 def entropy_with_logits_forward_kernel(
     loss_ptr, stats_ptr, dx_ptr, x_ptr,
     inner, n_cols, n_rows, scale, dx_outer, dx_inner, dx_class_stride, x_outer, x_inner, x_class_stride,
-    REDUCE: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
-    HINT: tl.constexpr,
+    REDUCE: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(x_at, n_cols, label, live, ROWS, U, T, V, HINT)
+    plan = schedule(x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = entropy_start(ROWS, T)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     for i in range(plan[4]):
         x = load_x(x_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = entropy_update(x, state, U, T, V)
     for i in range(plan[5]):
-        x = load_x(x_from, load_col(i, plan, U, T, V), part, None, HINT)
+        x = load_x(x_from, part_col(i, plan, U // UP, UP * T * V), part, None, HINT)
         state = entropy_update(x, state, UP, T, V)
     for i in range(plan[6]):
         col = masked_col(i, plan, UP * T * V)
@@ -148,7 +144,7 @@ def entropy_with_logits_forward_kernel(
     if GRAD:
         values = (column(m), column(mean), column(scale / s * -LN2))
         to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
-        put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, T, V, HINT)
+        put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, UP, T, V, HINT)
 
 
 @kernel
@@ -156,11 +152,10 @@ def entropy_with_logits_backward_kernel(
     dx_ptr, dloss_ptr, stats_ptr, x_ptr,
     inner, n_cols, n_rows, scale, dloss_outer, dloss_inner,
     dx_outer, dx_inner, dx_class_stride, x_outer, x_inner, x_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
-    HINT: tl.constexpr,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr,
+    V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale
@@ -174,7 +169,7 @@ def entropy_with_logits_backward_kernel(
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
-    put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, T, V, HINT)
+    put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, UP, T, V, HINT)
 
 
 def _scale(x: torch.Tensor, dim: int, reduction: int) -> float:

@@ -27,9 +27,9 @@ def add_loss(total, least, out, x_from, t_from, at, mask, LOG_TARGET: tl.constex
         p, d = tl.exp2(t * LOG2E), t - x
     else:
         p, d = t, log(t) - x  # log(0) is finite: 0 log 0 = 0
-        least = tl.minimum(least, tl.min(lanes(t, V), 1)) if REDUCE else least
+        least = tl.minimum(least, tl.min(lanes(t, V, WIDE), 1)) if REDUCE else least
     if REDUCE:
-        total = add_dot(total, lanes(p, V), lanes(d, V))
+        total = add_dot(total, lanes(p, V, WIDE), lanes(d, V, WIDE))
     else:
         store(out, p * d if LOG_TARGET else tl.where(t < 0, float("nan"), p * d), at, mask, WIDE)
     return total, least
@@ -111,7 +111,7 @@ def kl_div_forward(out, x, target, log_target, reduction, dtype):
     launch(
         kl_div_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target"),
-        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants, V=16 // x.element_size()),
+        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants, V=to.lane),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

@@ -20,8 +20,8 @@ from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col, row_max,
-    row_sum, rows_at, schedule, store_block, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col, row_max,
+    row_sum, rows_at, schedule, shares, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -101,22 +101,21 @@ def put_gradients(to, pair_from, factor, col, lane, bounds, values, FIRST_GRAD: 
 
 @triton.jit
 def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr,
-             ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+             ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+             HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, shared among the programs of the second grid axis."""
     first_at, n_cols, live = rows
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, T, V, HINT)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
+        begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
             put_gradients(to, pair_from, factor, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values,
                           FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            put_gradients(to, pair_from, factor, load_col(i, plan, U, T, V), part, None, values,
+            put_gradients(to, pair_from, factor, part_col(i, plan, U // UP, UP * T * V), part, None, values,
                           FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
@@ -135,23 +134,21 @@ def kl_div_with_logits_forward_kernel(
     d1_outer, d1_inner, d1_class_stride, d2_outer, d2_inner, d2_class_stride,
     first_outer, first_inner, first_class_stride, second_outer, second_inner, second_class_stride,
     FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
-    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     first_at, second_at = outer * first_outer + d * first_inner, outer * second_outer + d * second_inner
     pair_from = (first_ptr, column(first_at), first_class_stride,
                  second_ptr, column(second_at), second_class_stride)  # fmt: skip
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(first_at, n_cols, label, live, ROWS, U, T, V, HINT)
+    plan = schedule(first_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = kl_start(ROWS, T)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     for i in range(plan[4]):
         pair = load_pair(pair_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = kl_update(pair, factor, state, U, T, V)
     for i in range(plan[5]):
-        pair = load_pair(pair_from, load_col(i, plan, U, T, V), part, None, HINT)
+        pair = load_pair(pair_from, part_col(i, plan, U // UP, UP * T * V), part, None, HINT)
         state = kl_update(pair, factor, state, UP, T, V)
     for i in range(plan[6]):
         col = masked_col(i, plan, UP * T * V)
@@ -177,7 +174,7 @@ def kl_div_with_logits_forward_kernel(
         to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
               d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
         put_rows(to, pair_from, factor, values, (first_at, n_cols, live),
-                 FIRST_GRAD, SECOND_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
+                 FIRST_GRAD, SECOND_GRAD, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 
 @kernel
@@ -187,10 +184,9 @@ def kl_div_with_logits_backward_kernel(
     d1_outer, d1_inner, d1_class_stride, d2_outer, d2_inner, d2_class_stride,
     first_outer, first_inner, first_class_stride, second_outer, second_inner, second_class_stride,
     FIRST_GRAD: tl.constexpr, SECOND_GRAD: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr,
-    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
+    UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     at = stats_ptr + outer * inner + d
     m1, s1 = tl.load(at, mask=live, other=0.0), tl.load(at + n_rows, mask=live, other=1.0)
     m2, s2 = tl.load(at + 2 * n_rows, mask=live, other=0.0), tl.load(at + 3 * n_rows, mask=live, other=1.0)
@@ -203,7 +199,7 @@ def kl_div_with_logits_backward_kernel(
     to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
           d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
     put_rows(to, pair_from, factor, values, (first_at, n_cols, live),
-             FIRST_GRAD, SECOND_GRAD, ROWS, U, T, V, HINT)  # fmt: skip
+             FIRST_GRAD, SECOND_GRAD, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 
 def _scale(x: torch.Tensor, reduction: int) -> float:

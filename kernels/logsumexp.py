@@ -17,9 +17,10 @@ def lse_start(ROWS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
+def lse_update(x, q, q_sum, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
                V: tl.constexpr):  # fmt: skip
-    """One block [ROWS, BLOCK] into the lanes [ROWS, T]. An element with x = LOWEST, q = 0 adds nothing."""
+    """One block [ROWS, BLOCK] into the lanes [ROWS, T]. An element with x = LOWEST, q = 0 adds nothing. q_sum: the
+    lanes' sums of q where they are known."""
     x = tl.reshape(x, [x.shape[0], U, T, V])
     top = tl.maximum(m, lanes_max(x) * LOG2E)
     u = scale2(x, spread(top))
@@ -31,7 +32,7 @@ def lse_update(x, q, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T: tl.con
         else:
             q = tl.reshape(q, [q.shape[0], U, T, V])
             a = a + tl.fma(b, m - top, lanes_sum(q * u))
-            b = b + lanes_sum(q)
+            b = b + (lanes_sum(q) if q_sum is None else q_sum)
     return top, s, a, b
 
 

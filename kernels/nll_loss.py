@@ -14,8 +14,8 @@ from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, masked_col, rows_at, schedule,
-    store_block,
+    block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, part_col, rows_at, schedule,
+    shares, store_block,
 )  # fmt: skip
 from .targets import load_label
 from .tiling import row_walk, stride_scalars
@@ -62,12 +62,10 @@ def nll_loss_backward_kernel(
     dx_ptr, dloss_ptr, scale_ptr, target_ptr, weight_ptr,
     inner, n_cols, ignore_index, dloss_outer, dloss_inner,
     dx_outer, dx_inner, dx_class_stride, target_outer, target_inner,
-    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
-    V: tl.constexpr, HINT: tl.constexpr,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    outer, d = rows_at(inner, ROWS)
-    live = d < inner
+    outer, d, live = rows_at(inner, ROWS)
     t_at, dx_at = outer * target_outer + d * target_inner, outer * dx_outer + d * dx_inner
     label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     if REDUCE:
@@ -78,17 +76,16 @@ def nll_loss_backward_kernel(
     dy = column(-g * w_y)
     rest = column(tl.where(kept & (label < 0), float("nan"), 0.0))
     to = (dx_ptr, column(dx_at), dx_class_stride)
-    plan = schedule(dx_at, n_cols, label, live, ROWS, U, T, V, HINT)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    plan = schedule(dx_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     labels = column(label)
     if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
+        begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
             put_gradient(to, clean_col(i, plan, U * T * V), lane, None, labels, dy, rest, False, HINT)
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            put_gradient(to, load_col(i, plan, U, T, V), part, None, labels, dy, rest, False, HINT)
+            put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, labels, dy, rest, False, HINT)
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
             put_gradient(to, col, part, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)

@@ -1,9 +1,10 @@
 """What the losses over rows of logits share: which rows and columns a program visits, and how.
 
 A long row has a program of its own. It starts with its first 16-byte aligned element: blocks of U loads of T
-lanes of V elements without a mask, then what is left of the label's block and of the tail load by load, two of
-them with a mask (the label's, which leaves the label out, and the last), then the edges, at most seven
-elements before and behind. Short rows, and rows whose classes lie apart, stand several in a tile, masked.
+lanes of V elements without a mask, then what is left of the label's block and of the tail in parts of UP loads,
+two of them with a mask (the label's, which leaves the label out, and the last), then the edges, at most seven
+elements before and behind. Parts are blocks where a row has one warp, and else one load. Short rows, and rows
+whose classes lie apart, stand several in a tile, masked.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ EDGE: tl.constexpr = tl.constexpr(16)
 
 @triton.jit
 def rows_at(inner, ROWS: tl.constexpr):
-    """This program's outer index and its rows within it: [ROWS], or a scalar where it has one."""
+    """This program's outer index, its rows within it ([ROWS], or a scalar where it has one), and which exist."""
     tiles = tl.cdiv(inner, ROWS)
-    program = tl.program_id(0)
-    d = (program % tiles).to(tl.int64) * ROWS
+    outer, tile = tl.full([], 0, tl.int32), tl.program_id(0)
+    if tile >= tiles:  # most tensors have one outer index, and a division is many instructions
+        outer = tile // tiles
+        tile -= outer * tiles
+    d, live = tile.to(tl.int64) * ROWS, tl.full([], True, tl.int1)
     if ROWS > 1:
         d += tl.arange(0, ROWS)
-    return (program // tiles).to(tl.int64), d
+        live = d < inner
+    return outer.to(tl.int64), d, live
 
 
 @triton.jit
@@ -55,27 +60,42 @@ def total(v):
 
 
 @triton.jit
-def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
+def over(n, SIZE: tl.constexpr):
+    """n // SIZE of n >= 0: a shift, as there is no sign to look after."""
+    return (n.to(tl.uint32) // SIZE).to(tl.int32)
+
+
+@triton.jit
+def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr,
              V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """(first, end, full, label_block, clean, loads, masked, label_load, n_loads): aligned blocks lie between
+    """(first, end, full, label_block, clean, parts, masked, label_part, n_parts): aligned blocks lie between
     columns first and end. `clean` of the `full` whole ones are those without the label. The label's block
-    and the tail are cut into loads (a block is U of them): `loads` whole ones without the label, then
-    `masked` ones, with it or not whole. label_block is `full`, and label_load `n_loads`, the whole loads, where
-    the label is in none. Unwanted rows, and tiles of several rows, have masked loads alone (of U there)."""
+    and the tail are cut into parts: `parts` whole ones without the label, then `masked` ones, with it or not
+    whole. label_block is `full`, and label_part `n_parts`, the whole parts, where the label is in none. Unwanted
+    rows, and tiles of several rows, have masked parts alone."""
+    PART: tl.constexpr = UP * T * V
     if ROWS > 1:
-        return 0, n_cols, 0, 0, 0, 0, tl.cdiv(n_cols, U * T * V), 0, 0
+        return 0, n_cols, 0, 0, 0, 0, tl.cdiv(n_cols, PART), 0, 0
     else:
         first = tl.minimum((-x_at & (HINT - 1)).to(tl.int32), n_cols)
-        end = n_cols - (n_cols - first) % HINT
-        n_loads = tl.where(wanted, (end - first) // (T * V), 0)
-        at = label - first
-        label_load = tl.where((at >= 0) & (at // (T * V) < n_loads), at // (T * V), n_loads)
-        full, label_block = n_loads // U, label_load // U
-        label_block = tl.where((label_load < n_loads) & (label_block < full), label_block, full)
-        here, one = tl.where(label_block < full, 1, 0), tl.where(label_load < n_loads, 1, 0)
-        loads = n_loads - (full - here) * U - one
-        masked = tl.cdiv(end - first, T * V) - n_loads + one
-        return first, end, full, label_block, full - here, loads, masked, label_load, n_loads
+        end = first + over(n_cols - first, HINT) * HINT
+        n_parts = tl.where(wanted, over(end - first, PART), 0)
+        label_part = tl.minimum((label - first).to(tl.uint32) // PART, n_parts.to(tl.uint32)).to(tl.int32)
+        full = over(n_parts, U // UP)
+        label_block = tl.where(label_part < n_parts, tl.minimum(over(label_part, U // UP), full), full)
+        here, one = tl.where(label_block < full, 1, 0), tl.where(label_part < n_parts, 1, 0)
+        parts = n_parts - (full - here) * (U // UP) - one if U > UP else 0
+        masked = over(end - first + (PART - 1), PART) - n_parts + one
+        return first, end, full, label_block, full - here, parts, masked, label_part, n_parts
+
+
+@triton.jit
+def shares(blocks):
+    """(begin, share): the blocks of a row that this program of the second grid axis takes."""
+    share = blocks
+    if tl.num_programs(1) > 1:  # a division is many instructions
+        share = tl.cdiv(blocks, tl.num_programs(1))
+    return tl.program_id(1) * share, share
 
 
 @triton.jit
@@ -85,39 +105,59 @@ def clean_col(i, plan, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_col(i, plan, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """The first column of whole load i: those of the label's block, then of the tail, without the label's."""
+def part_col(i, plan, EACH: tl.constexpr, PART: tl.constexpr):
+    """The first column of whole part i, EACH a block: those of the label's block, then of the tail, without the
+    label's."""
     here = tl.where(plan[3] < plan[2], 1, 0)
-    label = plan[7] - tl.where(here > 0, plan[3], plan[2]) * U  # its place among them
+    label = plan[7] - tl.where(here > 0, plan[3], plan[2]) * EACH  # its place among them
     i += tl.where(i >= label, 1, 0)
-    load = tl.where(i < U * here, plan[3] * U + i, plan[2] * U + i - U * here)
-    return plan[0] + load * (T * V)
+    part = tl.where(i < EACH * here, plan[3] * EACH + i, plan[2] * EACH + i - EACH * here)
+    return plan[0] + part * PART
 
 
 @triton.jit
-def masked_col(i, plan, BLOCK: tl.constexpr):
-    """The first column of masked load i, of BLOCK columns: the label's, then the last; all if none is whole."""
+def masked_col(i, plan, PART: tl.constexpr):
+    """The first column of masked part i: the label's, then the last; all if none is whole."""
     label = tl.where(plan[7] < plan[8], 1, 0)
-    return plan[0] + tl.where(i < label, plan[7], plan[8] + i - label) * BLOCK
+    return plan[0] + tl.where(i < label, plan[7], plan[8] + i - label) * PART
 
 
 @triton.jit
-def block_lanes(U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (V is 1 there, and U is not)."""
+def block_lanes(ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (several rows with U > 1)."""
     lane = tl.arange(0, U * T * V)[None, :]
-    if V == 1 and U > 1:
+    if ROWS > 1 and U > 1:
         lane = lane.to(tl.int64)
     return lane
 
 
 @triton.jit
-def at_label(col, label, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """Which elements [ROWS, BLOCK] of the block at `col` are the row's label (a scalar or [ROWS])."""
-    if len(label.shape) == 0:
-        run = tl.reshape(label - col - V * tl.arange(0, U * T), [1, U * T, 1])
-    else:
-        run = tl.reshape(label[:, None] - col - V * tl.arange(0, U * T)[None, :], [label.shape[0], U * T, 1])
-    return tl.reshape(run == tl.arange(0, V)[None, None, :], [run.shape[0], U * T * V])
+def run_starts(col, label, beyond, runs):
+    """From the starts of runs, 3-d tensors: how far away the label and the end `beyond` (None: nowhere) are."""
+    to_label, to_end = label - col, None if beyond is None else beyond - col
+    if len(label.shape) > 0:
+        to_label, to_end = to_label[:, None, None], None if beyond is None else to_end[:, None, None]
+    return to_label - runs, None if beyond is None else to_end - runs
+
+
+@triton.jit
+def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):
+    """Which elements [ROWS, BLOCK] of the block at `col` are the row's label; or, where `beyond` is given, from that
+    column on (which splits no aligned run of V). Both are scalars or [ROWS]."""
+    to_label, to_end = run_starts(col, label, beyond, tl.reshape(V * tl.arange(0, U * T), [1, U * T, 1]))
+    place = tl.arange(0, V)[None, None, :]
+    found = to_label == place
+    if beyond is not None:
+        found |= to_end <= (0 if HINT > 1 else place)
+    return tl.reshape(found, [found.shape[0], U * T * V])
+
+
+@triton.jit
+def others_of(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """How many elements a lane [ROWS, T] has in the block at `col`, without those that at_label finds."""
+    to_label, to_end = run_starts(col, label, beyond, tl.reshape(V * tl.arange(0, U * T), [1, U, T]))
+    to_end = tl.minimum(tl.maximum(to_end, 0), V)
+    return tl.sum((to_end - tl.where((to_label >= 0) & (to_label < to_end), 1, 0)).to(tl.float32), 1)
 
 
 @triton.jit
@@ -145,8 +185,8 @@ def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER
             both = tl.load(place)
         else:
             rows, first, end = bounds
-            before = (end - first) // HINT * (HINT // 2)
-            mask = rows_mask(rows, tl.multiple_of((col - first) // 2, HINT // 2) + pair, before)
+            before = over(end - first, HINT) * (HINT // 2)
+            mask = rows_mask(rows, tl.multiple_of(over(col - first, 2), HINT // 2) + pair, before)
             both = tl.load(place, mask=mask, other=-8323200 if OTHER < 0 else 0)  # a pair of -inf, or of 0
         low = (both << 16).to(tl.float32, bitcast=True)
         high = (both & -65536).to(tl.float32, bitcast=True)
@@ -183,7 +223,8 @@ def rows_mask(rows, place, limit):
 def block_mask(rows, col, lane, plan, HINT: tl.constexpr):
     """A block's columns before `end`, told so that the mask never splits an aligned vector."""
     first, end = plan[0], plan[1]
-    return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, (end - first) // HINT * HINT)
+    before = over(end - first, HINT) * HINT if HINT > 1 else end - first
+    return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, before)
 
 
 @triton.jit

@@ -4,10 +4,10 @@ logit, what it adds to the others' log-sum-exp), and a row's gradient."""
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, tanh
+from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, soft_cap
 from .rowwise import (
-    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_col, load_run, masked_col,
-    schedule, store_block,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col,
+    schedule, shares, store_block,
 )  # fmt: skip
 
 
@@ -17,7 +17,7 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
     x_ptr, x_at, class_stride, softcap = source
     x = load_run(x_ptr, x_at, col, lane, class_stride, bounds, HINT, -float("inf"))
     if CAP:
-        x = softcap * tanh(x / softcap)
+        x = soft_cap(x, softcap, x_ptr.dtype.element_ty != tl.float32, HINT > 1)
     return x
 
 
@@ -36,17 +36,16 @@ def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr,
 
 
 @triton.jit
-def load_others(x_from, q_from, col, lane, bounds, is_label, DENSE: tl.constexpr, PROBS: tl.constexpr,
+def load_others(x_from, q_from, col, lane, bounds, left_out, DENSE: tl.constexpr, PROBS: tl.constexpr,
                 WEIGHT: tl.constexpr, CAP: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """x and q of a block without what lies beyond the bounds and without the label."""
+    """x and q of a block without the label, and without what lies beyond the bounds: `left_out` says which, but
+    need not know the bounds where logits are plain."""
     x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
-    if DENSE or CAP:
-        is_label |= block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT) == 0
     if DENSE:
-        x = tl.where(is_label, LOWEST, x)
-        q = tl.where(is_label, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT))
+        x = tl.where(left_out, LOWEST, x)
+        q = tl.where(left_out, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT))
     else:
-        x = tl.where(is_label, -float("inf"), x)
+        x = tl.where(left_out, -float("inf"), x)
     return x, q
 
 
@@ -68,7 +67,7 @@ def load_label(target_ptr, weight_ptr, at, live, n_cols, ignore_index, WEIGHT: t
 def load_label_logit(x_ptr, x_at, label, class_stride, softcap, CAP: tl.constexpr):
     x = tl.load(x_ptr + x_at + label.to(tl.int64) * class_stride, mask=label >= 0, other=0.0).to(tl.float32)
     if CAP:
-        x = softcap * tanh(x / softcap)
+        x = soft_cap(x, softcap, x_ptr.dtype.element_ty != tl.float32, False)
     return x
 
 
@@ -97,17 +96,19 @@ def label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH: tl.
                    Z: tl.constexpr):  # fmt: skip
     """(P / the sum of all classes, the label's gradient), s being the sum of the others. With e the label's
     power, s / (s + e) and e / (s + e) keep their relative accuracy, however far the label is from the others."""
-    dense = tl.fma(g * w_y, shift, g * b) if SMOOTH else 0.0
-    if Z:
-        dense = tl.fma(2.0 * z_factor * g_z, meet_label(x_y, m, s)[2], dense)
-    hard = g * w_y * keep
+    hard = g * w_y * keep if SMOOTH else g * w_y
     u_y = tl.minimum(scale2(x_y, m), 126.0, propagate_nan=tl.PropagateNan.ALL)
     e = tl.where(x_y == float("inf"), float("nan"), tl.exp2(u_y))
     whole = s + e
-    dy = tl.fma(dense, e / whole, -hard * (s / whole))
+    dy, p = -hard * (s / whole), hard
+    if SMOOTH or Z:
+        dense = tl.fma(g * w_y, shift, g * b) if SMOOTH else 0.0
+        if Z:
+            dense = tl.fma(2.0 * z_factor * g_z, meet_label(x_y, m, s)[2], dense)
+        dy, p = tl.fma(dense, e / whole, dy), hard + dense
     if SMOOTH:
         dy = tl.fma(-g * w_y, shift, dy)
-    return (hard + dense) / whole, dy
+    return p / whole, dy
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
         dx = tl.where(is_label, dy, dx)
         mask = block_mask(live, col, lane, (bounds[1], bounds[2]), HINT)
     if CAP:
-        share = x / x_from[3]
+        share = x * (1.0 / x_from[3])
         dx *= tl.fma(-share, share, 1.0)
         if bounds is not None:
             dx = tl.where(column(bounds[0]), dx, 0.0)
@@ -143,30 +144,29 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
 @triton.jit
 def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: tl.constexpr,
              SMOOTH: tl.constexpr, CAP: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr,
-             U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+             U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+             HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, shared among the programs of the second grid axis."""
     x_at, n_cols, label, kept, live = rows
     m, p, g, dy, lse = row_values
     values = (column(m), column(p), column(g), column(dy), column(lse))
-    UP: tl.constexpr = 1 if ROWS == 1 else U
-    plan = schedule(x_at, n_cols, label, kept, ROWS, U, T, V, HINT)
-    lane, part = block_lanes(U, T, V), block_lanes(UP, T, V)
+    plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
+    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
     if ROWS == 1:
-        share = tl.cdiv(plan[4], tl.num_programs(1))
-        begin = tl.program_id(1) * share
+        begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
             col = clean_col(plan[4] - 1 - i, plan, U * T * V)
             put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            put_gradients(to, x_from, q_from, load_col(i, plan, U, T, V), part, None, live, None, values,
+            put_gradients(to, x_from, q_from, part_col(i, plan, U // UP, UP * T * V), part, None, live, None, values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
             put_gradients(to, x_from, q_from, col, part, (kept, plan[0], plan[1]), live,
-                          at_label(col, label, UP, T, V), values,
+                          at_label(col, label, None, UP, T, V, HINT), values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)

@@ -9,16 +9,18 @@ import triton
 
 from .layout import Rows, contiguous_rows
 
-FILL = 512  # programs that fill the largest GPU: long rows are split until there are as many
+FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
+SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
 VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
 
 
 class Tiling(NamedTuple):
-    """The compile-time sizes of a row's class, and the warps of a program."""
+    """The compile-time sizes of a row's class, and the warps of a program (rowwise.py)."""
 
     ROWS: int
     U: int
+    UP: int
     T: int
     V: int
     HINT: int
@@ -30,27 +32,28 @@ class Tiling(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        return dict(ROWS=self.ROWS, U=self.U, T=self.T, V=self.V, HINT=self.HINT)
+        return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def tiling(walk: Rows, element_size: int, on_16_bytes: bool, tiny: bool) -> Tiling:
-    """Four classes by row length: to 16, to 128, to 1024 where rows are aligned, and longer.
+def tiling(walk: Rows, element_size: int, on_16_bytes: bool, shortest: int) -> Tiling:
+    """Four classes by row length: to 16, to 128, to 8192 (a warp a row), and longer (four warps a row). Up to
+    `shortest` there are none of the first two.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
     v = 16 // element_size
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        return Tiling(256, 4, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, 4, 8, 1, 1, 4)
+        return Tiling(256, 2, 2, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 1, 4)
     first = walk.strides[0]
     together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
-    aligned = together and walk.cols % VECTOR == first[0] % VECTOR == first[1] % VECTOR == 0
-    if walk.cols <= 16 and tiny:
-        return Tiling(128, 1, 16, 1, 1, 4)
-    if walk.cols <= 128:
-        return Tiling(16, 1, 128, 1, 1, 4)
-    if walk.cols <= 1024 and aligned:
-        return Tiling(2, 1, 1024 // v, v, VECTOR, 4)
-    return Tiling(1, 4, 128, v, VECTOR if together else 1, 4)
+    if shortest < walk.cols <= 16:
+        return Tiling(128, 1, 1, 16, 1, 1, 4)
+    if shortest < walk.cols <= 128:
+        return Tiling(16, 1, 1, 128, 1, 1, 4)
+    warps = 1 if walk.cols <= SHORT else 4
+    if not together:
+        return Tiling(1, 8, 8, 32 * warps, 1, 1, warps)
+    return Tiling(1, 4, 4 if warps == 1 else 1, 32 * warps, v, VECTOR, warps)
 
 
 class Walk(NamedTuple):
@@ -73,7 +76,7 @@ class Walk(NamedTuple):
         """Programs a row, where each element is written apart and rows are few and long."""
         if self.shape.ROWS > 1:
             return 1
-        return max(1, min(self.cols // self.shape.block // 4, FILL // self.programs))
+        return max(1, min(self.cols // self.shape.block // 4, FILL // (self.programs * self.shape.num_warps)))
 
     @property
     def rows(self) -> int:
@@ -92,19 +95,23 @@ def row_walk(
     narrow: int = 1,
     loads: int = 4,
     twice: bool = False,
-    tiny: bool = True,
+    shortest: int = 0,
 ) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
-    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those that
-    read a row `twice` give a very long one more threads, so that the rows in flight stay in the cache. Not
-    `tiny`, or `twice`: rows of 16 classes have no class of their own."""
+    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those that read a
+    row `twice` give a very long one more threads, so that the rows in flight stay in the cache, and rows of 16
+    classes no class of their own. Nor have rows of up to `shortest` classes."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
-    shape = tiling(common, there[0].element_size(), all(t.data_ptr() % 16 == 0 for t in there), tiny and not twice)
-    if shape.ROWS > 2:
+    on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
+    shape = tiling(common, there[0].element_size(), on_16_bytes, max(shortest, 16 * twice))
+    if shape.ROWS > 1:
         shape = shape._replace(ROWS=shape.ROWS // narrow)
-    elif shape.ROWS == 1:
-        shape = shape._replace(U=min(shape.U, loads))
+    else:
+        loads *= 1 if shape.HINT > 1 else 2
+        shape = shape._replace(U=min(shape.U, loads), UP=min(shape.UP, loads))
+        if shape.U == 1 and shape.num_warps == 1:  # two warps, or one of 64 threads
+            shape = shape._replace(T=64, num_warps=2)
         if twice and common.cols > LONG:
             shape = shape._replace(U=min(shape.U, 2), T=4 * shape.T, num_warps=4 * shape.num_warps)
     rest, strides = iter(there), iter(common.strides)

@@ -1,6 +1,8 @@
 """Every shared case on the kernels: values and gradients against float64, in every dtype, reduction, shape
 and layout."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from .. import oracle
 from .checking import DTYPES, check, draw, relayout
 
 pytest.importorskip("triton")
+from fusedloss.kernels import elementwise
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +201,18 @@ def test_a_kernel_rounds_to_nearest_even(dtype, device):
     zero = torch.zeros(64, dtype=torch.int64, device=device)
     stored = fusedloss.nll_loss(x.unsqueeze(1), zero, reduction="none", dtype=dtype)
     assert torch.equal(stored, (-x).to(dtype))
+
+
+@pytest.mark.parametrize("grad_in_forward", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_many_tiles_of_zeros(sliced, grad_in_forward, monkeypatch, device):
+    """BCE multiplies 1 + exp(-|x|) along a lane: of zero logits, as zero-initialised heads give them, 2 an element.
+    With one program for all, as for tensors of some million elements, the products are at their longest."""
+    monkeypatch.setattr(elementwise, "FILL", 1)
+    x = torch.zeros(2, 20010, dtype=torch.bfloat16, device=device)
+    x = (x[:, 3:-7] if sliced else x).requires_grad_(grad_in_forward)
+    with fusedloss.use("triton"):
+        loss = fusedloss.binary_cross_entropy_with_logits(
+            x, torch.zeros_like(x), grad_in_forward=grad_in_forward, dtype=torch.float32
+        )
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)

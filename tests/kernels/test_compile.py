@@ -22,14 +22,14 @@ WIDE = "wide"
 
 # (shape, layout): one for each class of rows, each with the dtype and reduction that it has by default
 CONFIGURATIONS = [
-    ((4, 4096), WIDE, "bfloat16", "mean"),  # a row a program, aligned
-    ((4, 4096), WIDE, "float32", "none"),
-    ((4, 4103), "plain", "bfloat16", "none"),  # a row a program, unaligned from the second row on
-    ((4, 4103), "sliced", "float32", "mean"),  # rows apart, off 16 bytes
+    ((4, 12288), WIDE, "bfloat16", "mean"),  # four warps a row, aligned
+    ((4, 12288), WIDE, "float32", "none"),
+    ((4, 12295), "plain", "bfloat16", "none"),  # four warps a row, unaligned from the second row on
+    ((4, 4103), "sliced", "float32", "mean"),  # a warp a row; rows apart, off 16 bytes
     ((300, 10), "plain", "bfloat16", "mean"),  # 128 rows a tile
     ((40, 100), "sliced", "float32", "none"),  # 16 rows a tile
-    ((9, 512), WIDE, "bfloat16", "none"),  # two aligned rows a tile
-    ((9, 512), WIDE, "float32", "mean"),
+    ((9, 1000), WIDE, "bfloat16", "none"),  # a warp a row, aligned
+    ((9, 1000), WIDE, "float32", "mean"),
     ((2, 60, 7), "plain", "bfloat16", "mean"),  # classes lie apart
     ((2, 60, 300), "plain", "float32", "none"),  # the same, with many positions
 ]
