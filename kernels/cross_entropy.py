@@ -51,7 +51,7 @@ def cross_entropy_forward_kernel(
     plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
     beyond = tl.where(kept, plan[1], 0) if DENSE or CAP else None
     m, s, a, b = lse_start(ROWS, T)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4]):
         col = clean_col(i, plan, U * T * V)
         x = load_x(x_from, col, lane, None, CAP, HINT)
@@ -179,7 +179,7 @@ def _weight_run(weight, walk, dense: bool) -> int:
     """The run of class weights that is aligned wherever the row's is; 0 where there are none."""
     if weight is None:
         return 0
-    if not dense or walk.shape.HINT == 1 or weight.data_ptr() % 16:
+    if not dense or walk.shape.HINT <= 1 or weight.data_ptr() % 16:
         return 1
     return VECTOR if all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) else 1
 

@@ -81,7 +81,7 @@ def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, UP: 
     last, shared among the programs of the second grid axis."""
     x_at, n_cols, live = rows
     plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     if ROWS == 1:
         begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
@@ -110,7 +110,7 @@ def entropy_with_logits_forward_kernel(
     label = tl.full(d.shape, -1, tl.int32)
     plan = schedule(x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = entropy_start(ROWS, T)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4]):
         x = load_x(x_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = entropy_update(x, state, U, T, V)

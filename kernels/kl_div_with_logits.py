@@ -107,7 +107,7 @@ def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECO
     last, shared among the programs of the second grid axis."""
     first_at, n_cols, live = rows
     plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     if ROWS == 1:
         begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
@@ -143,7 +143,7 @@ def kl_div_with_logits_forward_kernel(
     label = tl.full(d.shape, -1, tl.int32)
     plan = schedule(first_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = kl_start(ROWS, T)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4]):
         pair = load_pair(pair_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = kl_update(pair, factor, state, U, T, V)

@@ -14,7 +14,7 @@ from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, part_col, rows_at, schedule,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, part_col, rows_at, schedule,
     shares, store_block,
 )  # fmt: skip
 from .targets import load_label
@@ -47,13 +47,13 @@ def nll_loss_forward_kernel(
 
 
 @triton.jit
-def put_gradient(to, col, lane, bounds, label, dy, rest, LABEL: tl.constexpr, HINT: tl.constexpr):
-    """One block: `rest`, and dy at the label."""
+def put_gradient(to, col, lane, bounds, is_label, dy, rest, HINT: tl.constexpr):
+    """One block: `rest`, and dy at the label; bounds and is_label None: a whole block without it."""
     dx_ptr, dx_at, class_stride = to
-    value = tl.full(lane.shape, 0.0, tl.float32) + rest
-    if LABEL:
-        value = tl.where(col + lane == label, dy, value)
-    mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
+    value, mask = tl.full(lane.shape, 0.0, tl.float32) + rest, None
+    if bounds is not None:
+        value = tl.where(is_label, dy, rest)
+        mask = block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
     store_block(block_at(dx_ptr, dx_at, col, lane, class_stride, HINT), value, mask)
 
 
@@ -77,21 +77,21 @@ def nll_loss_backward_kernel(
     rest = column(tl.where(kept & (label < 0), float("nan"), 0.0))
     to = (dx_ptr, column(dx_at), dx_class_stride)
     plan = schedule(dx_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
-    labels = column(label)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     if ROWS == 1:
         begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradient(to, clean_col(i, plan, U * T * V), lane, None, labels, dy, rest, False, HINT)
+            put_gradient(to, clean_col(i, plan, U * T * V), lane, None, None, dy, rest, HINT)
     if tl.program_id(1) == 0:
         for i in range(plan[5]):
-            put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, labels, dy, rest, False, HINT)
+            put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, None, dy, rest, HINT)
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
-            put_gradient(to, col, part, (live, plan[0], plan[1]), labels, dy, rest, True, HINT)
+            is_label = at_label(col, label, None, UP, T, V, HINT)
+            put_gradient(to, col, part, (live, plan[0], plan[1]), is_label, dy, rest, HINT)
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)
-            put_gradient(to, 0, edge, (live, 0, n_cols), labels, dy, rest, True, 1)
+            put_gradient(to, 0, edge, (live, 0, n_cols), edge == label, dy, rest, 1)
 
 
 def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype):

@@ -32,11 +32,11 @@ def rows_at(inner, ROWS: tl.constexpr):
 
 @triton.jit
 def column(v):
-    """A value a row, against columns: [ROWS, 1]; a scalar stays one."""
+    """A value a row, against columns: [ROWS, 1], and that against blocks: [ROWS, 1, 1]; a scalar stays one."""
     if len(v.shape) == 0:
         return v
     else:
-        return v[:, None]
+        return tl.expand_dims(v, len(v.shape))
 
 
 @triton.jit
@@ -123,49 +123,46 @@ def masked_col(i, plan, PART: tl.constexpr):
 
 
 @triton.jit
-def block_lanes(ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """A block's columns [1, BLOCK]; in 64 bits where classes lie apart (several rows with U > 1)."""
+def block_lanes(ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):
+    """A block's columns [1, BLOCK]. Those of several rows are [U, 1, T], and pointers made of them [U, ROWS, T], for
+    T threads to have a row, and each U of its columns; or, where classes lie apart (HINT 0), 64 bits wide."""
     lane = tl.arange(0, U * T * V)[None, :]
-    if ROWS > 1 and U > 1:
+    if ROWS > 1 and HINT > 0:
+        lane = tl.reshape(lane, [U, 1, T])
+    elif ROWS > 1:
         lane = lane.to(tl.int64)
     return lane
-
-
-@triton.jit
-def run_starts(col, label, beyond, runs):
-    """From the starts of runs, 3-d tensors: how far away the label and the end `beyond` (None: nowhere) are."""
-    to_label, to_end = label - col, None if beyond is None else beyond - col
-    if len(label.shape) > 0:
-        to_label, to_end = to_label[:, None, None], None if beyond is None else to_end[:, None, None]
-    return to_label - runs, None if beyond is None else to_end - runs
 
 
 @triton.jit
 def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):
     """Which elements [ROWS, BLOCK] of the block at `col` are the row's label; or, where `beyond` is given, from that
     column on (which splits no aligned run of V). Both are scalars or [ROWS]."""
-    to_label, to_end = run_starts(col, label, beyond, tl.reshape(V * tl.arange(0, U * T), [1, U * T, 1]))
-    place = tl.arange(0, V)[None, None, :]
-    found = to_label == place
+    run, place = tl.reshape(V * tl.arange(0, U * T), [1, U * T, 1]), tl.arange(0, V)[None, None, :]
+    found = column(column(label - col)) - run == place
     if beyond is not None:
-        found |= to_end <= (0 if HINT > 1 else place)
+        found |= column(column(beyond - col)) - run <= (0 if HINT > 1 else place)
     return tl.reshape(found, [found.shape[0], U * T * V])
 
 
 @triton.jit
 def others_of(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """How many elements a lane [ROWS, T] has in the block at `col`, without those that at_label finds."""
-    to_label, to_end = run_starts(col, label, beyond, tl.reshape(V * tl.arange(0, U * T), [1, U, T]))
-    to_end = tl.minimum(tl.maximum(to_end, 0), V)
-    return tl.sum((to_end - tl.where((to_label >= 0) & (to_label < to_end), 1, 0)).to(tl.float32), 1)
+    t = tl.arange(0, T)[None, :]
+    to_label, to_end = column(label - col), tl.maximum(column(beyond - col), 0)
+    runs = tl.minimum(over(over(to_end, V) - t + (T - 1), T), U)
+    here = (to_label >= 0) & (to_label < tl.minimum(to_end, U * T * V)) & ((over(to_label, V) & (T - 1)) == t)
+    return (runs * V - tl.where(here, 1, 0)).to(tl.float32)
 
 
 @triton.jit
 def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
-    """Pointers to a block's elements: rows at `at` (scalar or [ROWS, 1]), columns col + lane [1, BLOCK]."""
+    """Pointers to a block's elements: rows at `at` (scalar or [ROWS, 1]), columns col + lane."""
     start = at + (tl.full([], 0, tl.int64) + col) * class_stride
     if HINT > 1:
         start = tl.multiple_of(start, HINT if len(at.shape) == 0 else [HINT, HINT])
+    if len(lane.shape) == 3 and len(at.shape) > 0:
+        start = start[None, :, :]
     return ptr + start + lane * class_stride
 
 
@@ -194,16 +191,22 @@ def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER
     else:
         place = block_at(ptr, at, col, lane, class_stride, HINT)
         if bounds is None:
-            return tl.load(place).to(tl.float32)
+            value = tl.load(place).to(tl.float32)
         else:
             rows, first, end = bounds
             mask = block_mask(rows, col, lane, (first, end), HINT)
-            return tl.load(place, mask=mask, other=OTHER).to(tl.float32)
+            value = tl.load(place, mask=mask, other=OTHER).to(tl.float32)
+        if len(lane.shape) == 3:
+            value = tl.reshape(tl.permute(value, 1, 0, 2), [value.shape[1], value.shape[0] * value.shape[2]])
+        return value
 
 
 @triton.jit
 def store_block(place, value, mask):
     value = value.to(place.dtype.element_ty)
+    if len(place.shape) == 3:
+        U: tl.constexpr = place.shape[0]
+        value = tl.permute(tl.reshape(value, [place.shape[1], U, place.shape[2]]), 1, 0, 2)
     if mask is None:
         tl.store(place, value)
     else:
@@ -215,6 +218,8 @@ def rows_mask(rows, place, limit):
     """Columns at `place` before `limit`, in the rows that are asked for (a scalar or [ROWS])."""
     if len(rows.shape) == 0:
         return place < limit * rows.to(tl.int32)
+    elif len(place.shape) == 3:
+        return rows[None, :, None] & (place < limit)
     else:
         return rows[:, None] & (place < limit)
 
@@ -223,8 +228,10 @@ def rows_mask(rows, place, limit):
 def block_mask(rows, col, lane, plan, HINT: tl.constexpr):
     """A block's columns before `end`, told so that the mask never splits an aligned vector."""
     first, end = plan[0], plan[1]
-    before = over(end - first, HINT) * HINT if HINT > 1 else end - first
-    return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, before)
+    if HINT > 1:
+        return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, over(end - first, HINT) * HINT)
+    else:
+        return rows_mask(rows, col - first + lane, end - first)
 
 
 @triton.jit

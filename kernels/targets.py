@@ -152,7 +152,7 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
     m, p, g, dy, lse = row_values
     values = (column(m), column(p), column(g), column(dy), column(lse))
     plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
-    lane, part = block_lanes(ROWS, U, T, V), block_lanes(ROWS, UP, T, V)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     if ROWS == 1:
         begin, share = shares(plan[4])
         for i in range(begin, tl.minimum(begin + share, plan[4])):

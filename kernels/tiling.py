@@ -39,17 +39,17 @@ def tiling(walk: Rows, element_size: int, on_16_bytes: bool, shortest: int) -> T
     """Four classes by row length: to 16, to 128, to 8192 (a warp a row), and longer (four warps a row). Up to
     `shortest` there are none of the first two.
 
-    Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT is
+    Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
     v = 16 // element_size
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        return Tiling(256, 2, 2, 2, 1, 1, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 1, 4)
+        return Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
     first = walk.strides[0]
     together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
     if shortest < walk.cols <= 16:
-        return Tiling(128, 1, 1, 16, 1, 1, 4)
+        return Tiling(64, 8, 8, 2, 1, 1, 4)
     if shortest < walk.cols <= 128:
-        return Tiling(16, 1, 1, 128, 1, 1, 4)
+        return Tiling(16, 16, 16, 8, 1, 1, 4)
     warps = 1 if walk.cols <= SHORT else 4
     if not together:
         return Tiling(1, 8, 8, 32 * warps, 1, 1, warps)
@@ -105,8 +105,10 @@ def row_walk(
     common, there = contiguous_rows(dim, there)
     on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
     shape = tiling(common, there[0].element_size(), on_16_bytes, max(shortest, 16 * twice))
-    if shape.ROWS > 1:
+    if shape.HINT == 0:
         shape = shape._replace(ROWS=shape.ROWS // narrow)
+    elif shape.ROWS > 1:
+        shape = shape._replace(U=shape.U // narrow, UP=shape.UP // narrow)
     else:
         loads *= 1 if shape.HINT > 1 else 2
         shape = shape._replace(U=min(shape.U, loads), UP=min(shape.UP, loads))

@@ -26,7 +26,7 @@ CONFIGURATIONS = [
     ((4, 12288), WIDE, "float32", "none"),
     ((4, 12295), "plain", "bfloat16", "none"),  # four warps a row, unaligned from the second row on
     ((4, 4103), "sliced", "float32", "mean"),  # a warp a row; rows apart, off 16 bytes
-    ((300, 10), "plain", "bfloat16", "mean"),  # 128 rows a tile
+    ((300, 10), "plain", "bfloat16", "mean"),  # 64 rows a tile
     ((40, 100), "sliced", "float32", "none"),  # 16 rows a tile
     ((9, 1000), WIDE, "bfloat16", "none"),  # a warp a row, aligned
     ((9, 1000), WIDE, "float32", "mean"),
