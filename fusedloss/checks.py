@@ -37,6 +37,8 @@ def result_dtype(asked: torch.dtype | None, natural: torch.dtype, x: Tensor) -> 
 
 
 def _tensors(name: str, input: Any, target: Any, weight: Any = None) -> None:
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor)):
+        return
     for argument, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and (value is not None or argument != "weight"):
             raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}")

@@ -18,6 +18,7 @@ import torch
 
 from .compiled import Code, compile_launch, launches, tiles_each
 from .testing import CASES, Case, forward_backward
+from .traffic import traffic
 
 SAMPLE_ROWS = 8  # rows compiled for: the code does not depend on their number
 
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     instructions: float
     special: float
     bytes: float
+    torch_bytes: float
     bytes_us: float
     modelled_us: float
     bound: str
@@ -119,14 +121,25 @@ def element_bytes(case: Case, inputs: Any, forward: bool) -> float:
     return logits * tensors[0].element_size() + dense * target
 
 
+def torch_bytes(case: Case, dtype: torch.dtype, reduction: str) -> tuple[float, float]:
+    """Bytes an element that eager torch's operators read and write, in forward and in backward: counted on a CPU."""
+    tensors, given = case.make_inputs((16, 4096), dtype, "cpu")
+    leaf = tensors[0].detach().requires_grad_()
+    keywords = {**given, "reduction": reduction}
+    forward = traffic(lambda: case.torch_equivalent(leaf, *tensors[1:], **keywords))
+    both = traffic(lambda: forward_backward(case, (tensors, given), case.torch_equivalent, reduction=reduction))
+    return forward / leaf.numel(), (both - forward) / leaf.numel()
+
+
 def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduction: str = "mean") -> list[Row]:
     """The rows of one case: every kernel of forward and backward, reductions apart."""
-    reduction = reduction if reduction in case.reductions else case.reductions[0]
+    reduction = next(r for r in ("batchmean", reduction, case.reductions[0]) if r in case.reductions)
     flat = case.forward_bytes != (0, 0) and case.loss in (
         "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "entropy",
     )  # fmt: skip
     shape = (max(1, rows * cols // 65536 // 16), 65536) if flat else (SAMPLE_ROWS, cols)
     inputs = case.make_inputs(shape, dtype, "cpu")
+    by_torch = torch_bytes(case, dtype, reduction)
     found = []
     for launch in launches(lambda: forward_backward(case, inputs, reduction=reduction)):
         code = compile_launch(launch, gpu.target)
@@ -146,7 +159,7 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
         bound = max(times, key=lambda name: times[name])
         found.append(
             Row(case.name, code.name, code.registers, code.spills, gpu.resident_warps(code), instructions,
-                special, size, times["bytes"] * 1e6, times[bound] * 1e6, bound)
+                special, size, by_torch[not forward], times["bytes"] * 1e6, times[bound] * 1e6, bound)
         )  # fmt: skip
     return found
 
@@ -155,21 +168,22 @@ def show(rows: list[Row], gpu: GPU, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, caption="Counted in machine code; times are modelled, not measured.")
+    table = Table(title=title, caption="Counted in machine code, and torch's bytes in its operators' tensors; "
+                  "times are modelled, not measured.")  # fmt: skip
     for name in ("case", "kernel", "registers", "spills", "warps/SM", "insns/el", "MUFU/el", "bytes/el",
-                 "bytes us", "model us", "distance", "bound by"):  # fmt: skip
+                 "torch's", "bytes us", "model us", "distance", "bound by"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("case", "kernel", "bound by") else "right")
     for r in rows:
         table.add_row(
             r.case, r.kernel.removesuffix("_kernel"), str(r.registers), str(r.spills), str(r.warps),
-            f"{r.instructions:.1f}", f"{r.special:.2f}", f"{r.bytes:g}", f"{r.bytes_us:.0f}",
+            f"{r.instructions:.1f}", f"{r.special:.2f}", f"{r.bytes:g}", f"{r.torch_bytes:.0f}", f"{r.bytes_us:.0f}",
             f"{r.modelled_us:.0f}", f"{r.distance:.2f}", r.bound,
         )  # fmt: skip
-    Console(width=170).print(table)
+    Console(width=180).print(table)
 
 
 def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
-    """Modelled time over pure-bytes time, a bar a kernel."""
+    """Modelled time over pure-bytes time, a bar a kernel; and a mark where torch's bytes are, times as many."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,10 +194,13 @@ def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
     names = [f"{r.case}  {'forward' if 'forward' in r.kernel else 'backward'}" for r in shown]
     colors = ["#2f6f8f" if r.bound == "bytes" else "#d9822b" for r in shown]
     axes.barh(names, [r.distance for r in shown], color=colors, height=0.7)
+    axes.scatter([r.torch_bytes / r.bytes for r in shown], names, marker="|", s=60, color="#30638e",
+                 label="bytes of eager torch's operators", zorder=3)  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=1)
+    axes.legend(fontsize=8, loc="lower right")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("modelled time / time of the unavoidable bytes (1 is the roofline; orange: not bound by bytes)")
+    axes.set_xlabel("over the time of the unavoidable bytes: modelled (orange: not bound by them), torch's (marks)")
     axes.set_title(f"{gpu.name}: distance to the memory roofline (counted and modelled, no GPU was timed)", fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -19,6 +19,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .layout import empty
+
 
 class Launch(NamedTuple):
     """One launch, as `recording` hands it out."""
@@ -90,7 +92,7 @@ class Tape:
 
     def __init__(self, tensors: tuple) -> None:
         self.tensors: list[Any] = list(tensors)
-        self.scratch: list[tuple[torch.Size, torch.dtype]] = []
+        self.scratch: list[tuple[int, ...]] = []  # sizes
         self.launches: list[tuple] = []
         self.playable = True
 
@@ -105,20 +107,20 @@ class Tape:
         gx, gy, gz = (*grid, 1, 1)[:3]
         self.launches.append((*bare(compiled), (gx, gy, gz), itemgetter(*places), numbers))
 
-    def play(self, tensors: tuple, stream: Any, device: torch.device) -> None:
-        for size, dtype in self.scratch:
-            tensors += (torch.empty(size, dtype=dtype, device=device),)
+    def play(self, tensors: tuple, stream: Any, beside: Tensor) -> None:
+        for size in self.scratch:
+            tensors += (empty(beside, size, torch.float32),)
         for run, fixed, grid, places, numbers in self.launches:
             run(*grid, stream, *fixed, places(tensors) + numbers)
 
 
 def scratch(like: Tensor, *size: int) -> Tensor:
     """Memory for partial sums: float32, beside `like`."""
-    memory = torch.empty(size, dtype=torch.float32, device=like.device)
+    memory = empty(like, size, torch.float32)
     tape = getattr(_thread, "tape", None)
     if tape is not None:
         tape.tensors.append(memory)
-        tape.scratch.append((memory.shape, memory.dtype))
+        tape.scratch.append(size)
     return memory
 
 
@@ -136,7 +138,7 @@ def perform(launcher: Callable, outputs: tuple, arguments: tuple, tensors: int, 
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
-        return tape.play((*outputs, *given), active.get_current_stream(current), given[0].device)
+        return tape.play((*outputs, *given), active.get_current_stream(current), given[0])
     if tape is None:
         if len(_tapes) >= TAPES:
             _tapes.clear()

@@ -8,6 +8,16 @@ from typing import NamedTuple
 import torch
 
 
+def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor of a size above 0; torch.empty_strided is the cheapest way to one, and cheapest where all
+    are made that way."""
+    step, strides = 1, []
+    for n in reversed(size):
+        strides.append(step)
+        step *= n
+    return torch.empty_strided(size, strides[::-1], dtype=dtype, device=beside.device)
+
+
 class Plane(NamedTuple):
     """`rows` x `cols` elements, and one (row stride, column stride) for each tensor."""
 

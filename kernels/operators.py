@@ -12,19 +12,24 @@ from typing import Any
 
 import torch
 
+from .layout import empty
+
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
 LIBRARY = torch.library.Library("fusedloss", "DEF")
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _forwards: dict[str, tuple[str, Callable]] = {}  # an operator's schema and its allocation
 
+# bound once: each is asked at every call
+_tracing = torch.compiler.is_dynamo_compiling
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transformed, _profiled = torch._C._are_functorch_transforms_active, torch._C._autograd._profiler_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
-def plain(argument: Any) -> bool:
-    """Whether this is no subclass, no batch of vmap's fallback, and no view that stands for its negative."""
-    return type(argument) is int or (
-        type(argument) in PLAIN
-        and not torch._C._functorch.is_legacy_batchedtensor(argument)
-        and not argument.is_neg()
-    )
+
+def odd(argument: Any) -> bool:
+    """Whether this is a subclass, a batch of vmap's fallback, or a view that stands for its negative."""
+    kind = type(argument)
+    return kind is not int and (kind not in PLAIN or _batched(argument) or argument.is_neg())
 
 
 def unwatched(implementation: Callable, name: str) -> Callable:
@@ -34,16 +39,28 @@ def unwatched(implementation: Callable, name: str) -> Callable:
 
     def call(*arguments):
         if (
-            torch.compiler.is_dynamo_compiling()
-            or not plain(arguments[0])
-            or not plain(arguments[1])
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._profiler_enabled()
+            _tracing()
+            or odd(arguments[0])
+            or odd(arguments[1])
+            or _dispatch_modes()
+            or _function_modes()
+            or _transformed()
+            or _profiled()
         ):
             return overload(*arguments)
         return implementation(*arguments)
+
+    return call
+
+
+def filled(function: Callable) -> Callable:
+    """`function` as torch's dispatcher wants it: an output that nobody asked for is no None, but an empty tensor."""
+
+    def call(*arguments):
+        outputs = function(*arguments)
+        if isinstance(outputs, tuple):
+            return tuple(arguments[0].new_empty(0) if o is None else o for o in outputs)
+        return outputs
 
     return call
 
@@ -70,8 +87,8 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
 
         _forwards[name] = schema, allocate
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedloss::{name}", allocate, lib=LIBRARY)
+        LIBRARY.impl(name, filled(implementation), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedloss::{name}", filled(allocate), lib=LIBRARY)
         return unwatched(implementation, name)
 
     return register
@@ -111,7 +128,7 @@ scale_ = in_place("scale", "scale_(Tensor dloss, Tensor(a!) grad) -> ()")
 
 
 def _reduced(x, reduction, dtype):
-    return x.new_empty((), dtype=dtype) if reduction != NONE else torch.empty_like(x, dtype=dtype)
+    return empty(x, (), dtype) if reduction != NONE else torch.empty_like(x, dtype=dtype)
 
 
 def _factors(reduction):
@@ -120,11 +137,7 @@ def _factors(reduction):
 
 
 def _gradients(x, target, input_grad, target_grad):
-    """A gradient that nobody asked for is an empty tensor."""
-    return (
-        torch.empty_like(x) if input_grad else x.new_empty(0),
-        torch.empty_like(target) if target_grad else target.new_empty(0),
-    )
+    return torch.empty_like(x) if input_grad else None, torch.empty_like(target) if target_grad else None
 
 
 @operator(
@@ -173,10 +186,10 @@ def cross_entropy_forward(
     """The loss, its z term, and for backward in one float32 vector: m, s and, where targets are dense, b a
     row, and the mean's two factors."""
     rows = x.numel() // x.size(min(1, x.dim() - 1))
-    loss = x.new_empty(_rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else (), dtype=dtype)
-    z = torch.empty_like(loss) if z_loss != 0.0 else x.new_empty(0, dtype=dtype)
+    loss = empty(x, _rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else (), dtype)
+    z = torch.empty_like(loss) if z_loss != 0.0 else None
     dense = target.is_floating_point() or label_smoothing != 0.0
-    return loss, z, x.new_empty((3 if dense else 2) * rows + _factors(reduction), dtype=torch.float32)
+    return loss, z, empty(x, ((3 if dense else 2) * rows + _factors(reduction),), torch.float32)
 
 
 cross_entropy_forward_grad = with_gradient("cross_entropy", "cross_entropy_forward")
@@ -240,7 +253,7 @@ def bce_backward(dloss, x, target, weight, reduction, input_grad, target_grad):
 def entropy_forward(p, dim, reduction, dtype):
     shape = list(p.shape)
     del shape[dim]
-    return p.new_empty(() if reduction != NONE else shape, dtype=dtype)
+    return empty(p, () if reduction != NONE else shape, dtype)
 
 
 @operator("entropy", "entropy_backward(Tensor dloss, Tensor p, int dim, int reduction) -> Tensor")
@@ -256,7 +269,7 @@ def entropy_backward(dloss, p, dim, reduction):
 def nll_loss_forward(x, target, weight, ignore_index, reduction, dtype):
     """The loss, and for backward the mean's factor."""
     shape = _rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else ()
-    return x.new_empty(shape, dtype=dtype), x.new_empty(_factors(reduction), dtype=torch.float32)
+    return empty(x, shape, dtype), empty(x, (_factors(reduction),), torch.float32)
 
 
 @operator(
@@ -274,8 +287,8 @@ def nll_loss_backward(dloss, x, target, weight, scale, ignore_index, reduction):
     " int reduction, ScalarType dtype) -> (Tensor loss, Tensor stats)",
 )
 def kl_div_with_logits_forward(x, target, dim, temperature, reverse, reduction, dtype):
-    stats = x.new_empty([5, *_rows_shape(x, dim)], dtype=torch.float32)
-    return x.new_empty((), dtype=dtype), stats
+    stats = empty(x, [5, *_rows_shape(x, dim)], torch.float32)
+    return empty(x, (), dtype), stats
 
 
 kl_div_with_logits_forward_grad = with_gradient("kl_div_with_logits", "kl_div_with_logits_forward")
@@ -300,8 +313,8 @@ def kl_div_with_logits_backward(
 )
 def entropy_with_logits_forward(x, dim, reduction, dtype):
     rows = _rows_shape(x, dim)
-    loss = x.new_empty(rows if reduction == NONE else (), dtype=dtype)
-    return loss, x.new_empty([3, *rows], dtype=torch.float32)
+    loss = empty(x, rows if reduction == NONE else (), dtype)
+    return loss, empty(x, [3, *rows], torch.float32)
 
 
 entropy_with_logits_forward_grad = with_gradient("entropy_with_logits", "entropy_with_logits_forward")
