@@ -1,7 +1,8 @@
 """Entropy of softmax(x) over one dimension: lse(x) - sum(p x); dx = -p (log p + entropy).
 
-With u = x log2(e) - m, m the row's maximum, s = sum 2^u and a = sum 2^u u: entropy = ln s - (a / s) ln 2
-and dx = -(ln 2 / s) 2^u (u - a / s). Saved a row: m, s and a / s. A logit of -inf adds 0.
+With u = (x - m) log2(e), m the row's maximum, s = sum 2^u and a = sum 2^u u: entropy = ln s - (a / s) ln 2
+and dx = -(ln 2 / s) 2^u (u - a / s). Saved a row: m, s and a / s. A logit of -inf adds 0. The maximum's own u is
+exactly 0: with a scaled m it would not be, and what it left would hide the entropy of a confident row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from .launch import kernel, launch, scratch
 from .layout import vector
-from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, scale2, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
@@ -39,7 +40,7 @@ def entropy_start(ROWS: tl.constexpr, T: tl.constexpr):
 def entropy_move(state, top):
     """s and a relative to a new maximum."""
     m, s, a = state
-    shift = m - top
+    shift = (m - top) * LOG2E
     down = tl.exp2(shift)
     return s * down, tl.fma(s, shift, a) * down
 
@@ -48,9 +49,9 @@ def entropy_move(state, top):
 def entropy_update(x, state, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """One block [ROWS, BLOCK] into the lanes [ROWS, T]."""
     x = tl.reshape(x, [x.shape[0], U, T, V])
-    top = tl.maximum(state[0], lanes_max(x) * LOG2E)
+    top = tl.maximum(state[0], lanes_max(x))
     s, a = entropy_move(state, top)
-    u = scale2(x, spread(top))
+    u = (x - spread(top)) * LOG2E
     w = tl.exp2(u)
     return top, s + lanes_sum(w), a + lanes_sum(w * tl.maximum(u, LOWEST))
 
@@ -68,7 +69,7 @@ def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
     """dx = k 2^u (u - mean) for one block."""
     dx_ptr, dx_at, dx_stride = to
     m, mean, k = values
-    u = scale2(load_x(x_from, col, lane, bounds, HINT), m)
+    u = (load_x(x_from, col, lane, bounds, HINT) - m) * LOG2E
     dx = k * tl.exp2(u) * (tl.maximum(u, LOWEST) - mean)
     mask = None if bounds is None else block_mask(bounds[0], col, lane, (bounds[1], bounds[2]), HINT)
     store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)

@@ -97,15 +97,14 @@ def label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH: tl.
     """(P / the sum of all classes, the label's gradient), s being the sum of the others. With e the label's
     power, s / (s + e) and e / (s + e) keep their relative accuracy, however far the label is from the others."""
     hard = g * w_y * keep if SMOOTH else g * w_y
-    u_y = tl.minimum(scale2(x_y, m), 126.0, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.where(x_y == float("inf"), float("nan"), tl.exp2(u_y))
-    whole = s + e
+    e = tl.where(x_y == float("inf"), float("nan"), tl.exp2(scale2(x_y, m)))
+    whole = s + e  # inf from a lead of 88 nats on, when the others' share is 0
     dy, p = -hard * (s / whole), hard
     if SMOOTH or Z:
         dense = tl.fma(g * w_y, shift, g * b) if SMOOTH else 0.0
         if Z:
             dense = tl.fma(2.0 * z_factor * g_z, meet_label(x_y, m, s)[2], dense)
-        dy, p = tl.fma(dense, e / whole, dy), hard + dense
+        dy, p = tl.fma(dense, tl.where(whole < float("inf"), e / whole, 1.0), dy), hard + dense
     if SMOOTH:
         dy = tl.fma(-g * w_y, shift, dy)
     return p / whole, dy

@@ -466,3 +466,24 @@ def test_an_access_out_of_bounds_is_seen(out_of_bounds):
     run(8)
     with pytest.raises(out_of_bounds, match="out of bounds"):
         run(9)
+
+
+@pytest.mark.parametrize("lead", [10.0, 20.0])
+def test_entropy_of_a_confident_row(lead, path, device):
+    """What a rounded maximum leaves of its own power would be larger than the entropy."""
+    x = normal(4, 1000, device=device)
+    x[:, 3] = x.logsumexp(1) + lead
+    log_p = x.double().log_softmax(1)
+    exact = -(log_p.exp() * log_p).sum(1)
+    found = fusedloss.entropy_with_logits(x, reduction="none")
+    torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_further_ahead_than_float32_can_tell(smoothing, device):
+    """100 nats: the others' powers vanish, and the label's share of the gradient is what smoothing gives it."""
+    x, target = torch.zeros(2, 300, device=device), torch.tensor([0, 5], device=device)
+    x[torch.arange(2, device=device), target] = 100.0
+    _, (gradient, *_) = compare("cross_entropy", (x, target), label_smoothing=smoothing)
+    if not smoothing:
+        assert gradient.abs().max() < 1e-37
