@@ -87,9 +87,10 @@ def _bce(want: bool) -> Callable:
                 reference.bce(x, t, None, NONE, SINGLE)  # says no
             torch.xlogy(one, x, out=a).clamp_min_(-100.0)
             torch.neg(x, out=b).log1p_().clamp_min_(-100.0)
-            loss = _finish(torch.lerp(b, a, t, out=a).neg_(), w, out)
+            torch.lerp(b, a, t, out=a)
+            loss = -_finish(a, w, None) if out is None else _finish(a.neg_(), w, out)
         if dx is not None:
-            torch.neg(x, out=b).add_(1.0).mul_(x).clamp_min_(1e-12)
+            torch.sub(one, x, out=b).mul_(x).clamp_min_(1e-12)
             _scale(torch.sub(x, t, out=a).div_(b), w, g, dx)
         return loss
 
