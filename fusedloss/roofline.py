@@ -189,7 +189,7 @@ def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.24 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.2 * len(rows)), layout="constrained")
     shown = [r for r in rows if r.bytes_us]
     names = [f"{r.case}  {'forward' if 'forward' in r.kernel else 'backward'}" for r in shown]
     colors = ["#2f6f8f" if r.bound == "bytes" else "#d9822b" for r in shown]
@@ -198,14 +198,15 @@ def plot(rows: list[Row], gpu: GPU, path: Path) -> None:
                  label="bytes of eager torch's operators", zorder=3)  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=1)
     axes.legend(fontsize=8, loc="lower right")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("over the time of the unavoidable bytes: modelled (orange: not bound by them), torch's (marks)")
-    axes.set_title(f"{gpu.name}: distance to the memory roofline (counted and modelled, no GPU was timed)", fontsize=10)
+    axes.set_xlabel("times the unavoidable bytes (orange: bound by something else)")
+    axes.set_title(f"{gpu.name}: modelled time, and torch's bytes (no GPU was timed)", fontsize=10, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
