@@ -181,7 +181,7 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
         for t, (row, col) in zip(there, flat.strides, strict=True)
     )
     if rows > 1:  # for the addresses
-        tile = min(tile, TILE // 2 if wide else TILE // 4)
+        tile = min(tile, TILE // 2 if wide else TILE // 4 if len(there) <= 3 else TILE // 8)
     block = tile
     if rows > 1 and cols <= 1024:
         block = 16 if cols <= 16 else 128 if cols <= 128 else min(tile, 1024)
