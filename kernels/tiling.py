@@ -115,7 +115,8 @@ def row_walk(
         if shape.U == 1 and shape.num_warps == 1:  # two warps, or one of 64 threads
             shape = shape._replace(T=64, num_warps=2)
         if twice and common.cols > LONG:
-            shape = shape._replace(U=min(shape.U, 2), T=4 * shape.T, num_warps=4 * shape.num_warps)
+            u = min(shape.U, 2)
+            shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)
     rest, strides = iter(there), iter(common.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]

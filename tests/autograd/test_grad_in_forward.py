@@ -175,3 +175,14 @@ def test_launches(kernels):
                     compiled.launches(lambda: testing.forward_backward(case, inputs, reduction=reduction))]  # noqa: B023
             assert len(made) == forward + extra + 1
             assert made[-1] == "scale_kernel"
+
+
+@pytest.mark.parametrize("cols", [1003, 9003, 17003])  # one warp a row, four, and sixteen
+def test_rows_that_share_no_alignment_with_their_gradient(loss, cols, device):
+    """Sliced logits: the gradient's rows lie elsewhere between multiples of 16 bytes."""
+    call, logits, exact = prepare(loss, (2, cols), device, "sum")
+    memory = torch.zeros(2, cols + 6, device=device)
+    memory[:, 3:-3] = logits.detach()
+    x = memory[:, 3:-3].requires_grad_()
+    value = call(x, grad_in_forward=True)
+    assert_all_close([value, *torch.autograd.grad(value, x)], exact(1.0))
