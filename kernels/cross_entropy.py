@@ -65,7 +65,7 @@ def cross_entropy_forward_kernel(
     for i in range(plan[6]):
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
-                           at_label(col, label, beyond, UP, T, V, HINT), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
+                           at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
         q_sum = shift * others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)

@@ -87,7 +87,7 @@ def nll_loss_backward_kernel(
             put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, None, dy, rest, HINT)
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
-            is_label = at_label(col, label, None, UP, T, V, HINT)
+            is_label = at_label(col, label, None, UP, T, V)
             put_gradient(to, col, part, (live, plan[0], plan[1]), is_label, dy, rest, HINT)
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)

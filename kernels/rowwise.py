@@ -135,13 +135,13 @@ def block_lanes(ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.cons
 
 
 @triton.jit
-def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):
+def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     """Which elements [ROWS, BLOCK] of the block at `col` are the row's label; or, where `beyond` is given, from that
-    column on (which splits no aligned run of V). Both are scalars or [ROWS]."""
+    column on (which splits no run of V). Both are scalars or [ROWS]."""
     run, place = tl.reshape(V * tl.arange(0, U * T), [1, U * T, 1]), tl.arange(0, V)[None, None, :]
     found = column(column(label - col)) - run == place
     if beyond is not None:
-        found |= column(column(beyond - col)) - run <= (0 if HINT > 1 else place)
+        found |= column(column(beyond - col)) - run <= 0
     return tl.reshape(found, [found.shape[0], U * T * V])
 
 

@@ -165,7 +165,7 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
         for i in range(plan[6]):
             col = masked_col(i, plan, UP * T * V)
             put_gradients(to, x_from, q_from, col, part, (kept, plan[0], plan[1]), live,
-                          at_label(col, label, None, UP, T, V, HINT), values,
+                          at_label(col, label, None, UP, T, V), values,
                           PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
         if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
             edge = edge_cols(plan)

@@ -487,3 +487,17 @@ def test_label_further_ahead_than_float32_can_tell(smoothing, device):
     _, (gradient, *_) = compare("cross_entropy", (x, target), label_smoothing=smoothing)
     if not smoothing:
         assert gradient.abs().max() < 1e-37
+
+
+@KERNELS
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("wrong", [-0.25, 1.25])
+def test_one_number_that_is_no_probability(wrong, reduction, path, device):
+    """Among thousands of good ones; torch's reference refuses it, or gives the same."""
+    p = torch.rand(3, 1500, device=device) * 0.9 + 0.05
+    bad = p.clone()
+    bad[1, 700] = wrong
+    assert fusedloss.binary_cross_entropy(bad, p, reduction=reduction).isnan().sum() == 1
+    if wrong < 0:
+        assert fusedloss.kl_div(p.log(), bad, reduction=reduction).isnan().sum() == 1
+        assert (fusedloss.entropy(bad, reduction=reduction) == -INFINITY).sum() == 1
