@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .elementwise import NUM_WARPS, TILE, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import log, log1m_half, log_any
+from .numerics import log, log1m_half, log_any, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
@@ -83,7 +83,7 @@ def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, mask, WEIGHT: tl
     s = tl.minimum(p, q)
     if INPUT_GRAD:
         t = load(t_from, at, mask, WIDE)
-        dp = (p - t) / tl.maximum(p * q, 1e-12)
+        dp = quotient(p - t, tl.maximum(p * q, 1e-12))
         store(dx, tl.where(s >= 0, dp, float("nan")) * g, at, mask, WIDE)
     if TARGET_GRAD:
         value = log1m_half(s) - log_any(s)

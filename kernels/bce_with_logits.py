@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import LOG2E, log1p, log1p_unit
+from .numerics import LOG2E, log1p, log1p_ratio, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
@@ -32,18 +32,21 @@ def bce_terms(x, t, p, POS_WEIGHT: tl.constexpr):
     """(a, f, e): the loss is a + f log1p(e)."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     if POS_WEIGHT:
-        positive = p * t
-        a = tl.fma(1.0 - t, tl.maximum(x, 0.0), positive * tl.maximum(-x, 0.0))
-        return a, 1.0 - t + positive, e
+        positive, negative = p * t, 1.0 - t
+        return tl.abs(x) * tl.where(x > 0, negative, positive), negative + positive, e
     else:
         return tl.fma(x, -t, tl.maximum(x, 0.0)), 1.0, e
 
 
 @triton.jit
 def input_gradient(x, t, p, g, POS_WEIGHT: tl.constexpr):
-    # exp(-x) and its bound, at which sigmoid(x) is still a normal number
+    # exp(-x) and its bound, at which sigmoid(x) is still a normal number: g, and p, are multiplied last
     u = tl.exp2(tl.minimum(x * -LOG2E, 125.0, propagate_nan=tl.PropagateNan.ALL))
-    return tl.fma(t * p if POS_WEIGHT else t, u, t - 1.0) * (-g / (1.0 + u))
+    if POS_WEIGHT:
+        s = quotient(1.0, 1.0 + u)
+        return tl.fma(t * p, u * s, (t - 1.0) * s) * -g
+    else:
+        return quotient(tl.fma(t, u, t - 1.0), 1.0 + u) * -g
 
 
 @triton.jit
@@ -63,10 +66,8 @@ def add_loss(total, q, out, dx, sources, smooth, g, at, mask, WEIGHT: tl.constex
     if REDUCE and not WEIGHT and not POS_WEIGHT:
         q_tile = fold_product(lanes(e, V, WIDE), V)
         q = tl.fma(q, q_tile, q + q_tile)
-    elif POS_WEIGHT:
-        a = tl.fma(factor, log1p_unit(e), a)
     else:
-        a += log1p_unit(e)
+        a = tl.fma(e * factor, log1p_ratio(e), a)
     w = load(sources[2], at, mask, WIDE) if WEIGHT else 1.0
     if GRAD:
         store(dx, input_gradient(x, t, p, g * w, POS_WEIGHT), at, mask, WIDE)
@@ -128,7 +129,7 @@ def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.conste
         value = -x
         if POS_WEIGHT:
             a, factor, e = bce_terms(x, 0.0, p, False)
-            value = p * (a - x) - a + (p - 1.0) * log1p_unit(e)
+            value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * (a - x) - a)
         if SMOOTH:
             value *= smooth[0]
         store(dt, value * g, at, mask, WIDE)

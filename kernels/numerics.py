@@ -5,6 +5,8 @@ It is kept lane by lane in tiles [ROWS, U, T, V] -> [ROWS, T] (U loads of V elem
 row), so that a step needs no exchange between threads; lanes meet once, at the end (logsumexp.py).
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -12,6 +14,17 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Where running maxima start: finite, so that inf - inf never appears, and below any scaled logit in use.
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
+# Triton 3.9 has a division that leaves out what only results and divisors beside the normal numbers need
+APPROXIMATE: tl.constexpr = tl.constexpr("approx" in inspect.signature(tl.fdiv).parameters)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b for b from 2^-126 to 2^126, 2 ulp."""
+    if APPROXIMATE:
+        return tl.fdiv(a, b, approx=True)
+    else:
+        return a / b
 
 
 @triton.jit
@@ -76,8 +89,8 @@ def log1p(x):
 
 
 @triton.jit
-def log1p_unit(e):
-    """log(1 + e) for e in [0, 1]: e + e^2 g(e), g of degree 7 (Chebyshev), 2 ulp, no special function."""
+def log1p_ratio(e):
+    """log(1 + e) / e for e in [0, 1]: 1 + e g(e), g of degree 7 (Chebyshev), 1 ulp, no special function."""
     g = tl.fma(e, 0.007184105317048076, -0.03710757381816528)
     g = tl.fma(g, e, 0.09019058437853808)
     g = tl.fma(g, e, -0.14636260788549096)
@@ -85,12 +98,19 @@ def log1p_unit(e):
     g = tl.fma(g, e, -0.2494623109007572)
     g = tl.fma(g, e, 0.3333086049735581)
     g = tl.fma(g, e, -0.4999998081414813)
-    return tl.fma(e * e, g, e)
+    return tl.fma(g, e, 1.0)
+
+
+@triton.jit
+def add_softplus(z, rest):
+    """log(1 + exp(-|z|)) + rest, rounded once."""
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    return tl.fma(e, log1p_ratio(e), rest)
 
 
 @triton.jit
 def softplus(z):
-    return tl.maximum(z, 0.0) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
+    return add_softplus(z, tl.maximum(z, 0.0))
 
 
 @triton.jit

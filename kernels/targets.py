@@ -4,7 +4,7 @@ logit, what it adds to the others' log-sum-exp), and a row's gradient."""
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, LOWEST, log1p_unit, log_sum, scale2, soft_cap
+from .numerics import LN2, LOWEST, add_softplus, log_sum, scale2, soft_cap
 from .rowwise import (
     at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col,
     schedule, shares, store_block,
@@ -78,7 +78,7 @@ def meet_label(x_y, m, s):
     u_y = scale2(x_y, m)
     others = log_sum(s)
     z = tl.where(x_y == float("inf"), float("nan"), tl.fma(u_y, -LN2, others))
-    lse = tl.maximum(others, u_y * LN2) + log1p_unit(tl.exp2(-tl.abs(z) * LOG2E))
+    lse = add_softplus(z, tl.maximum(others, u_y * LN2))
     return z, lse, tl.where(s > 0, tl.fma(m, LN2, lse), x_y)
 
 

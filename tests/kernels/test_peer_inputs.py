@@ -237,6 +237,20 @@ def test_bce_of_a_confident_zero(dtype, device):
     torch.testing.assert_close(alone.item(), 2.0611536e-09, rtol=oracle.TOLERANCES[dtype].relative, atol=0)
 
 
+@pytest.mark.parametrize("pos_weight", [None, 100.0])
+@pytest.mark.parametrize("upstream", [1e-8, 1.0])
+def test_bce_gradient_of_a_confident_mistake(upstream, pos_weight, path, device):
+    """x = -86, y = 1: exp(-x) is near the largest number, and a mean's factor times its inverse below the least."""
+    x = torch.tensor([-60.0, -70.0, -80.0, -86.0, -100.0, -1e4, 86.0, 1e4], device=device).repeat(2).requires_grad_()
+    y = torch.tensor([1.0, 0.25], device=device).repeat_interleave(8)
+    weight = None if pos_weight is None else torch.tensor(pos_weight, device=device)
+    loss = fusedloss.binary_cross_entropy_with_logits(x, y, pos_weight=weight, reduction="sum")
+    (found,) = torch.autograd.grad(loss, x, torch.tensor(upstream, device=device))
+    p, z = pos_weight or 1.0, x.double()
+    exact = upstream * ((1 - y) * z.sigmoid() - p * y * (-z).sigmoid())
+    torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=1e-37)
+
+
 @CASES
 def test_second_backward_adds_the_same_gradient(case, device):
     tensors, keywords = draw(case, (4, 40), torch.float32, device)
