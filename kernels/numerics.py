@@ -145,7 +145,7 @@ def soft_cap(x, cap, HALF: tl.constexpr, IN_FOURS: tl.constexpr):
     e = tl.exp2(tl.minimum(x * (-2.0 * LOG2E / cap), 30.0, propagate_nan=tl.PropagateNan.ALL))
     v, y = 1.0 + e, tl.fma(e, -cap, cap)
     if not HALF:
-        return y / v
+        return quotient(y, v)
     elif IN_FOURS:
         return y * inverses_of_four(v)
     else:
