@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, empty_strided
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -88,11 +88,15 @@ def bare(compiled: Any) -> tuple[Callable, tuple]:
 
 
 class Tape:
-    """The launches of one launcher, with its tensors as places in (outputs, arguments, scratch)."""
+    """The launches of one launcher, with its tensors as places in (arguments, outputs, scratch), and how the
+    latter two are made."""
 
-    def __init__(self, tensors: tuple) -> None:
-        self.tensors: list[Any] = list(tensors)
-        self.scratch: list[tuple[int, ...]] = []  # sizes
+    def __init__(self, given: tuple, outputs: Any) -> None:
+        self.single = not isinstance(outputs, tuple)
+        made = [o for o in ((outputs,) if self.single else outputs) if not any(o is g for g in given if g is not None)]
+        self.tensors: list[Any] = [*given, *made]
+        self.made = [None if o is None else (o.shape, o.stride(), o.dtype) for o in made]
+        self.outputs = len(given), len(given) + len(made)
         self.launches: list[tuple] = []
         self.playable = True
 
@@ -107,11 +111,13 @@ class Tape:
         gx, gy, gz = (*grid, 1, 1)[:3]
         self.launches.append((*bare(compiled), (gx, gy, gz), itemgetter(*places), numbers))
 
-    def play(self, tensors: tuple, stream: Any, beside: Tensor) -> None:
-        for size in self.scratch:
-            tensors += (empty(beside, size, torch.float32),)
+    def play(self, given: tuple, stream: Any) -> Any:
+        device = given[0].device
+        tensors = (*given, *[m and empty_strided(m[0], m[1], dtype=m[2], device=device) for m in self.made])
         for run, fixed, grid, places, numbers in self.launches:
             run(*grid, stream, *fixed, places(tensors) + numbers)
+        first, last = self.outputs
+        return tensors[first] if self.single else tensors[first:last]
 
 
 def scratch(like: Tensor, *size: int) -> Tensor:
@@ -120,37 +126,41 @@ def scratch(like: Tensor, *size: int) -> Tensor:
     tape = getattr(_thread, "tape", None)
     if tape is not None:
         tape.tensors.append(memory)
-        tape.scratch.append(size)
+        tape.made.append((memory.shape, memory.stride(), memory.dtype))
     return memory
 
 
-def perform(launcher: Callable, outputs: tuple, arguments: tuple, tensors: int, in_place: bool = False) -> None:
-    """launcher(outputs, *arguments), or what it launched the last time for the same layout. The leading
-    `tensors` arguments are tensors or None. `in_place`: an output is one of them."""
+def perform(launcher: Callable, allocate: Callable, arguments: tuple, tensors: int) -> Any:
+    """The outputs of allocate(*arguments), filled by launcher(outputs, *arguments), or by what it launched the last
+    time for the same layout. The leading `tensors` arguments are tensors or None."""
     if _recorder is not None or INTERPRETED or hooked():
-        return launcher(outputs[0] if len(outputs) == 1 else outputs, *arguments)
+        outputs = allocate(*arguments)
+        launcher(outputs, *arguments)
+        return outputs
     active = driver.active
     current = active.get_current_device()
     given = arguments[:tensors]
     key = (
-        launcher, active, current, in_place, arguments[tensors:],
-        given[0].get_device(), *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in given],
+        launcher, allocate, active, current, arguments[tensors:], given[0].get_device(),
+        *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
-        return tape.play((*outputs, *given), active.get_current_stream(current), given[0])
+        return tape.play(given, active.get_current_stream(current))
+    outputs = allocate(*arguments)
     if tape is None:
         if len(_tapes) >= TAPES:
             _tapes.clear()
-        tape = Tape((*outputs, *given))
+        tape = Tape(given, outputs)
         tape.playable = given[0].get_device() in (-1, current)
     before, _thread.tape = getattr(_thread, "tape", None), tape if key not in _tapes else None
     try:
-        launcher(outputs[0] if len(outputs) == 1 else outputs, *arguments)
+        launcher(outputs, *arguments)
         tape.tensors = []
         _tapes[key] = tape
     finally:
         _thread.tape = before
+    return outputs
 
 
 def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:

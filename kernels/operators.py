@@ -81,9 +81,7 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
             if not loaded:  # Triton is imported here, at the first launch
                 loaded.append(import_module("fusedloss.kernels.launch").perform)
                 loaded.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
-            outputs = allocate(*arguments)
-            loaded[0](loaded[1], outputs if isinstance(outputs, tuple) else (outputs,), arguments, tensors)
-            return outputs
+            return loaded[0](loaded[1], allocate, arguments, tensors)
 
         _forwards[name] = schema, allocate
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -108,6 +106,11 @@ def with_gradient(module: str, forward: str) -> Callable:
     return operator(module, f"{call} -> ({returns.strip('()')}, Tensor dx)")(allocate_both)
 
 
+def overwritten(*arguments):
+    """What a launcher in place takes for its outputs."""
+    return arguments[1], None
+
+
 def in_place(module: str, schema: str) -> Callable:
     """Register the launcher `<name>` as torch.ops.fusedloss.<name>_, which writes its output over its second
     argument, whose gradient or which it is, and returns nothing."""
@@ -116,7 +119,7 @@ def in_place(module: str, schema: str) -> Callable:
     def implementation(*arguments):
         perform = import_module("fusedloss.kernels.launch").perform
         launcher = getattr(import_module(f"fusedloss.kernels.{module}"), name.removesuffix("_"))
-        perform(launcher, (arguments[1], None), arguments, tensors, in_place=True)
+        perform(launcher, overwritten, arguments, tensors)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
