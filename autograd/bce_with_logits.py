@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusedloss import reference
 from fusedloss.kernels import operators
 from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients, handed_over, overwritten, writable
+from .gradient import gradients, handed_over, overwritten, writable
 
 
-class BCEWithLogits(Fused):
+class BCEWithLogits(torch.autograd.Function):
     """Saved for backward: the arguments; and the gradient, where forward was to compute it."""
 
     @staticmethod

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fusedloss import blocked
 
-from .gradient import Fused, gradients
+from .gradient import gradients
 
 
-class Blocked(Fused):
+class Blocked(torch.autograd.Function):
     """Saved for backward: the arguments, and the gradient under an upstream of 1, which the first backward takes.
     It is computed in backward where the upstream cannot wait: one of float16 would vanish without the loss's scale,
     and unreduced losses have one each."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusedloss import reference
 from fusedloss.kernels import operators
 from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients, handed_over, overwritten, writable
+from .gradient import gradients, handed_over, overwritten, writable
 
 
-class CrossEntropy(Fused):
+class CrossEntropy(torch.autograd.Function):
     """Saved for backward: the arguments, and one vector: two or three numbers a row, the mean's factors;
     and the gradient, where forward was to compute it."""
 

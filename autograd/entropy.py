@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusedloss import reference
 from fusedloss.kernels import operators
 from fusedloss.reference import FORWARD
 
-from .gradient import Fused, gradients, handed_over
+from .gradient import gradients, handed_over
 
 
-class Entropy(Fused):
+class Entropy(torch.autograd.Function):
     """Saved for backward: the probabilities."""
 
     @staticmethod
@@ -32,7 +34,7 @@ class Entropy(Fused):
         return *gradients(launch, composed, dloss, p), None, None, None
 
 
-class EntropyWithLogits(Fused):
+class EntropyWithLogits(torch.autograd.Function):
     """Saved for backward: the logits, three numbers a row; and the gradient, where forward was to compute it."""
 
     @staticmethod

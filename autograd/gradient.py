@@ -11,17 +11,6 @@ from fusedloss.kernels import operators
 from fusedloss.reference import INPLACE
 
 
-class Fused(torch.autograd.Function):
-    """A Function whose `apply` goes straight to torch's C++: no transform is active where kernels run, and
-    the checks for one cost more than a launch."""
-
-    @classmethod
-    def apply(cls, *arguments):
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)
-
-
 class Gradient(torch.autograd.Function):
     """A first-order gradient as a function of (dloss, x, target), itself differentiable any number of
     times: its own backward differentiates the reference twice."""

@@ -37,6 +37,7 @@ BINARY = frozenset(("BCE", "BCEWithLogits"))  # their weights broadcast to the i
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _installed = find_spec("triton") is not None
 _loaded: dict[str, Any] = {}
+_applied: dict[str, Any] = {}
 _choice = AUTO
 _any_device = INTERPRETED and _installed  # kernels for tensors that are not on a GPU, too
 
@@ -46,6 +47,13 @@ def function(name: str) -> Any:
     if name not in _loaded:
         _loaded[name] = getattr(import_module(f"fusedloss.autograd.{FUNCTIONS[name]}"), name)
     return _loaded[name]
+
+
+def applied(name: str) -> Any:
+    """Its `apply` in torch's C++, where no transform is active: the checks for one cost more than a launch."""
+    if name not in _applied:
+        _applied[name] = super(torch.autograd.Function, function(name)).apply
+    return _applied[name]
 
 
 class use:
@@ -146,7 +154,7 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
             others = (others[0], *(o.expand_as(x) if isinstance(o, Tensor) else o for o in others[1:]))
         if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
             others = (x.view_as(x), *others[1:])
-        return function(name).apply(x, *others)
+        return (function(name).apply if is_compiling() else applied(name))(x, *others)
     if not is_compiling() and x.numel() >= blocked.LARGE and blocked.suits(name, x, others):
         if not (x.requires_grad and torch.is_grad_enabled()):
             loss, _ = blocked.compute(name, x.detach(), others, False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -40,12 +41,13 @@ _compiled: dict[tuple, Any] = {}
 _tapes: dict[tuple, Any] = {}
 _recorder: Callable[[Launch], None] | None = None
 _thread = threading.local()
+_runtime = knobs.runtime
 
 
 def hooked() -> bool:
     """Whether a profiler wants to see launches: a chain of hooks, or one, by Triton's version."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def kernel(function: Callable) -> Any:
@@ -87,6 +89,10 @@ def bare(compiled: Any) -> tuple[Callable, tuple]:
     return lambda *arguments: run(*arguments[:-1], *arguments[-1]), fixed
 
 
+def nothing() -> None:
+    """An output that nobody asked for."""
+
+
 class Tape:
     """The launches of one launcher, with its tensors as places in (arguments, outputs, scratch), and how the
     latter two are made."""
@@ -94,11 +100,22 @@ class Tape:
     def __init__(self, given: tuple, outputs: Any) -> None:
         self.single = not isinstance(outputs, tuple)
         made = [o for o in ((outputs,) if self.single else outputs) if not any(o is g for g in given if g is not None)]
-        self.tensors: list[Any] = [*given, *made]
-        self.made = [None if o is None else (o.shape, o.stride(), o.dtype) for o in made]
+        self.tensors: list[Any] = list(given)
+        self.made: list[Callable] = []
+        for o in made:
+            self.make(o)
         self.outputs = len(given), len(given) + len(made)
         self.launches: list[tuple] = []
         self.playable = True
+
+    def make(self, tensor: Tensor | None) -> None:
+        """Have every play make one like it."""
+        self.tensors.append(tensor)
+        if tensor is None:
+            self.made.append(nothing)
+        else:
+            size, stride, device = tensor.shape, tensor.stride(), tensor.device
+            self.made.append(partial(empty_strided, size, stride, dtype=tensor.dtype, device=device))
 
     def add(self, compiled: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
         places = []
@@ -112,8 +129,7 @@ class Tape:
         self.launches.append((*bare(compiled), (gx, gy, gz), itemgetter(*places), numbers))
 
     def play(self, given: tuple, stream: Any) -> Any:
-        device = given[0].device
-        tensors = (*given, *[m and empty_strided(m[0], m[1], dtype=m[2], device=device) for m in self.made])
+        tensors = (*given, *[make() for make in self.made])
         for run, fixed, grid, places, numbers in self.launches:
             run(*grid, stream, *fixed, places(tensors) + numbers)
         first, last = self.outputs
@@ -125,8 +141,7 @@ def scratch(like: Tensor, *size: int) -> Tensor:
     memory = empty(like, size, torch.float32)
     tape = getattr(_thread, "tape", None)
     if tape is not None:
-        tape.tensors.append(memory)
-        tape.made.append((memory.shape, memory.stride(), memory.dtype))
+        tape.make(memory)
     return memory
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 
@@ -26,29 +25,23 @@ _transformed, _profiled = torch._C._are_functorch_transforms_active, torch._C._a
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def odd(argument: Any) -> bool:
-    """Whether this is a subclass, a batch of vmap's fallback, or a view that stands for its negative."""
-    kind = type(argument)
-    return kind is not int and (kind not in PLAIN or _batched(argument) or argument.is_neg())
-
-
 def unwatched(implementation: Callable, name: str) -> Callable:
-    """The operator as a function. Where nobody is to see it (no tracer, no mode, no transform, no profiler), its
-    implementation is called as it is: torch's dispatcher costs as much as a launch."""
+    """The operator as a function. Where nobody is to see it (no tracer, mode, transform or profiler; no subclass,
+    batch of vmap's fallback, or view that stands for its negative), its implementation is called as it is: torch's
+    dispatcher costs as much as a launch."""
     overload = getattr(torch.ops.fusedloss, name).default
 
     def call(*arguments):
-        if (
-            _tracing()
-            or odd(arguments[0])
-            or odd(arguments[1])
-            or _dispatch_modes()
-            or _function_modes()
-            or _transformed()
-            or _profiled()
-        ):
-            return overload(*arguments)
-        return implementation(*arguments)
+        if not _tracing():
+            x, y = arguments[0], arguments[1]
+            if (
+                type(x) in PLAIN
+                and not (x.is_neg() or _batched(x))
+                and (type(y) is int or (type(y) in PLAIN and not (y.is_neg() or _batched(y))))
+                and not (_dispatch_modes() or _function_modes() or _transformed() or _profiled())
+            ):
+                return implementation(*arguments)
+        return overload(*arguments)
 
     return call
 
