@@ -28,12 +28,12 @@ class CrossEntropy(torch.autograd.Function):
         ctx.options = ignore_index, label_smoothing, z_loss, softcap, reduction
         ctx.place, ctx.dtype = place, dtype
         if not z_loss:
-            return loss, None
+            return loss
         ctx.mark_non_differentiable(z)
         return loss, z
 
     @staticmethod
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         x, target, weight, saved = ctx.saved_tensors
         target_grad = ctx.needs_input_grad[1]
         inplace = writable(ctx.place, x, target_grad)

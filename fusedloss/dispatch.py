@@ -114,7 +114,7 @@ def path(x: Tensor) -> str:
         and x.dtype in DTYPES
         and x.numel() > 0
         and not x.is_meta
-        and _plain(x)
+        and (type(x) in PLAIN_TYPES or _plain(x))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     ):
@@ -123,8 +123,7 @@ def path(x: Tensor) -> str:
 
 
 def _plain(x: Tensor) -> bool:
-    kind = type(x)
-    return kind in PLAIN_TYPES or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return type(x) in PLAIN_TYPES or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
@@ -134,9 +133,9 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
             continue
         if not isinstance(other, Tensor):  # tensors stand first
             break
-        if other.dtype not in (DTYPES if i else TARGET_DTYPES):
+        if other.dtype not in (DTYPES if i else TARGET_DTYPES) or other.device != x.device:
             return False
-        if other.device != x.device or not _plain(other):
+        if not (type(other) in PLAIN_TYPES or _plain(other)):
             return False
         if i and other.requires_grad and torch.is_grad_enabled():
             return False
@@ -154,13 +153,13 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
             others = (others[0], *(o.expand_as(x) if isinstance(o, Tensor) else o for o in others[1:]))
         if others[0] is x:  # Dynamo refuses one tensor as two inputs of a Function
             others = (x.view_as(x), *others[1:])
-        return (function(name).apply if is_compiling() else applied(name))(x, *others)
+        if is_compiling():
+            return function(name).apply(x, *others)
+        return (_applied.get(name) or applied(name))(x, *others)
     if not is_compiling() and x.numel() >= blocked.LARGE and blocked.suits(name, x, others):
         if not (x.requires_grad and torch.is_grad_enabled()):
-            loss, _ = blocked.compute(name, x.detach(), others, False)
-        else:
-            loss = function("Blocked").apply(name, reference, x, *others)
-        return (loss, None) if name == "CrossEntropy" else loss
+            return blocked.compute(name, x.detach(), others, False)[0]
+        return function("Blocked").apply(name, reference, x, *others)
     return reference(x, *others)
 
 

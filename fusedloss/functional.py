@@ -29,7 +29,7 @@ __all__ = [
 def _number(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    return _Reduction.get_enum(reduction)
+    return reference.MEAN if reduction == "mean" else _Reduction.get_enum(reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -264,11 +264,12 @@ def cross_entropy(
         target = target.squeeze(0)  # one row, whose result has no dimensions
     if dtype is not None or result is not torch.float32:
         result = checks.result_dtype(dtype, result, input)
-    loss, z = run(
+    outcome = run(
         "CrossEntropy", reference.cross_entropy,
         input, target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, number,
         place(input, target, number, inplace, grad_in_forward), result,
     )  # fmt: skip
+    loss, z = outcome if isinstance(outcome, tuple) else (outcome, None)
     if not return_z_loss:
         return loss
     return loss, torch.zeros_like(loss) if z is None else z

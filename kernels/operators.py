@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -25,22 +26,45 @@ _transformed, _profiled = torch._C._are_functorch_transforms_active, torch._C._a
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def unwatched(implementation: Callable, name: str) -> Callable:
+class Operator:
+    """An operator's launcher, which is found, and Triton imported, at the first launch; what allocates its outputs; how
+    many arguments are tensors: the first ones. `latest` is what it played last (launch.Tape)."""
+
+    def __init__(self, module: str, launcher: str, allocate: Callable, schema: str) -> None:
+        self.place, self.allocate = (module, launcher), allocate
+        self.tensors = schema.partition(" -> ")[0].count("Tensor")
+        self.perform: Any = None
+        self.latest: Any = None
+
+    def __call__(self, *arguments):
+        if self.perform is None:
+            self.launcher = getattr(import_module(f"fusedloss.kernels.{self.place[0]}"), self.place[1])
+            self.perform = import_module("fusedloss.kernels.launch").perform
+        return self.perform(self, arguments)
+
+
+def unwatched(operator: Operator, name: str) -> Callable:
     """The operator as a function. Where nobody is to see it (no tracer, mode, transform or profiler; no subclass,
-    batch of vmap's fallback, or view that stands for its negative), its implementation is called as it is: torch's
-    dispatcher costs as much as a launch."""
+    batch of vmap's fallback, or view that stands for its negative), it is called as it is: torch's dispatcher costs
+    as much as a launch."""
     overload = getattr(torch.ops.fusedloss, name).default
 
     def call(*arguments):
         if not _tracing():
+            alone = not (_function_modes() or _profiled())
+            if alone and operator.latest is not None:
+                outputs = operator.latest.replay(arguments)
+                if outputs is not None:
+                    return outputs
             x, y = arguments[0], arguments[1]
             if (
                 type(x) in PLAIN
                 and not (x.is_neg() or _batched(x))
                 and (type(y) is int or (type(y) in PLAIN and not (y.is_neg() or _batched(y))))
-                and not (_dispatch_modes() or _function_modes() or _transformed() or _profiled())
+                and alone
+                and not (_dispatch_modes() or _transformed())
             ):
-                return implementation(*arguments)
+                return operator(*arguments)
         return overload(*arguments)
 
     return call
@@ -58,24 +82,12 @@ def filled(function: Callable) -> Callable:
     return call
 
 
-def leading_tensors(schema: str) -> int:
-    """How many arguments of an operator are tensors: the first ones."""
-    return schema.partition(" -> ")[0].count("Tensor")
-
-
 def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     """Register `kernels.<module>.<name>` as torch.ops.fusedloss.<name>; decorates the allocation."""
-    name, tensors = schema.partition("(")[0], leading_tensors(schema)
+    name = schema.partition("(")[0]
 
     def register(allocate: Callable) -> Callable:
-        loaded: list[Callable] = []
-
-        def implementation(*arguments):
-            if not loaded:  # Triton is imported here, at the first launch
-                loaded.append(import_module("fusedloss.kernels.launch").perform)
-                loaded.append(getattr(import_module(f"fusedloss.kernels.{module}"), name))
-            return loaded[0](loaded[1], allocate, arguments, tensors)
-
+        implementation = Operator(module, name, allocate, schema)
         _forwards[name] = schema, allocate
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, filled(implementation), "CompositeExplicitAutograd")
@@ -99,23 +111,17 @@ def with_gradient(module: str, forward: str) -> Callable:
     return operator(module, f"{call} -> ({returns.strip('()')}, Tensor dx)")(allocate_both)
 
 
-def overwritten(*arguments):
-    """What a launcher in place takes for its outputs."""
-    return arguments[1], None
-
-
 def in_place(module: str, schema: str) -> Callable:
     """Register the launcher `<name>` as torch.ops.fusedloss.<name>_, which writes its output over its second
     argument, whose gradient or which it is, and returns nothing."""
-    name, tensors = schema.partition("(")[0], leading_tensors(schema)
+    name = schema.partition("(")[0]
+    implementation = Operator(module, name.removesuffix("_"), lambda *arguments: (arguments[1], None), schema)
 
-    def implementation(*arguments):
-        perform = import_module("fusedloss.kernels.launch").perform
-        launcher = getattr(import_module(f"fusedloss.kernels.{module}"), name.removesuffix("_"))
-        perform(launcher, overwritten, arguments, tensors)
+    def discarded(*arguments):
+        implementation(*arguments)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, discarded, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedloss::{name}", lambda *arguments: None, lib=LIBRARY)
     return unwatched(implementation, name)
 

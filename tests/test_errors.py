@@ -200,6 +200,7 @@ def no_kernel(monkeypatch):
         raise Reached(name)
 
     monkeypatch.setattr(dispatch, "function", function)
+    monkeypatch.setattr(dispatch, "_applied", {})
     return Reached
 
 

@@ -98,10 +98,11 @@ triton.runtime.driver.set_active(Driver())
 import fusedloss
 from fusedloss.kernels import launch
 x, y = torch.randn(4, 8, requires_grad=True), torch.randint(8, (4,))
-def plain(value):  # outputs are other tensors every time: by shape, but inputs as they are
+def plain(value):  # outputs are other tensors every time, but inputs as they are; a tape gives addresses
     if isinstance(value, torch.Tensor):
-        return ("x" if value.data_ptr() == x.data_ptr() else "y" if value.data_ptr() == y.data_ptr() else
-                (tuple(value.shape), value.dtype))
+        value = value.data_ptr()
+    if isinstance(value, int) and value > 2**32:
+        return "x" if value == x.data_ptr() else "y" if value == y.data_ptr() else "made"
     return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 def call(x=x, **more):
     seen.clear()
@@ -121,6 +122,28 @@ moved = call(apart)
 assert len(moved) == 3 and moved != first and len(launch._tapes) == 8
 plays = []
 launch.Tape.play, before = (lambda self, *a: (plays.append(self), before(self, *a))[1]), launch.Tape.play
+assert call() == first and len(plays) == 2
+flipped = torch._neg_view(x.detach()).requires_grad_()  # x's memory, but its values are others
+assert "x" not in str(call(flipped)) and "x" in str(call())
+wide, off = torch.randn(4, 2000, requires_grad=True), torch.randn(8001)[1:].view(4, 2000).requires_grad_()
+assert call(wide) == call(wide) != call(off) and call(wide) != call(off)  # off 16 bytes, in the same shape
+weighted = call(weight=torch.rand(8))
+assert len(weighted) == 3 and weighted != first and call() == first and call(weight=torch.rand(8)) == weighted
+with torch.autocast("cpu", torch.bfloat16):
+    assert call() == first and call() == first
+assert call() == first
+class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+    names = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+with Mode() as mode:
+    assert len(call()) == 3
+assert {"fusedloss::cross_entropy_forward", "fusedloss::cross_entropy_backward"} <= set(mode.names)
+with torch.inference_mode(), fusedloss.use("triton"):
+    assert fusedloss.cross_entropy(x.detach(), y).is_inference()
+    assert fusedloss.cross_entropy(x.detach(), y).is_inference()
+plays.clear()
 assert call() == first and len(plays) == 2
 triton.knobs.runtime.launch_enter_hook = lambda *_: None  # a profiler: launches go through Triton again
 assert len(call()) == 3 and len(plays) == 2
