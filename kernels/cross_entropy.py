@@ -26,7 +26,7 @@ from .targets import (
     label_gradient, load_label, load_label_logit, load_others, load_q, load_x, meet_label,
     probabilities_gradient, put_rows,
 )  # fmt: skip
-from .tiling import VECTOR, row_walk, stride_scalars
+from .tiling import row_walk, stride_scalars
 
 
 @kernel
@@ -175,15 +175,6 @@ def _targets(walk, target):
     return labels, (*strides, 0)
 
 
-def _weight_run(weight, walk, dense: bool) -> int:
-    """The run of class weights that is aligned wherever the row's is; 0 where there are none."""
-    if weight is None:
-        return 0
-    if not dense or walk.shape.HINT <= 1 or weight.data_ptr() % 16:
-        return 1
-    return VECTOR if all(s[0] % VECTOR == s[1] % VECTOR == 0 for s in walk.strides) else 1
-
-
 def cross_entropy_forward(
     outputs, x, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, dtype
 ):
@@ -207,11 +198,10 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    loads = 1 if weight is not None and dense else 2 if dense or softcap else 4
+    narrow = 2 if dx is None and not dense else 4 if probs or weight is None or not dense else 8
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
-        narrow=2 if dx is None and not dense else 4, loads=loads, twice=dx is not None,
-        shortest=128 if weight is not None and dense else 0,
+        narrow=narrow, loads=2 if dense or softcap else 4, twice=dx is not None,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     parts = scratch(x, 4, walk.programs) if reduce else loss
@@ -225,7 +215,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
             **stride_scalars(("dx", walk.strides[2]), ("x", walk.strides[0]), ("target", target_strides)),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=_weight_run(weight, walk, dense), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduce, GRAD=dx is not None,
             COUNTED=reduction == MEAN and not probs, **walk.shape.constants,
         ),
@@ -244,9 +234,8 @@ def cross_entropy_backward(
     weight = None if weight is None else weight.contiguous()
     dense = probs or label_smoothing != 0.0
     walk = row_walk(
-        min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if probs else 2,
+        min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if dense else 2,
         loads=2 if weight is not None or softcap or x.element_size() > 2 else 4,
-        shortest=128 if weight is not None and dense else 0,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
@@ -263,7 +252,7 @@ def cross_entropy_backward(
             ),
         ),
         constants=dict(
-            PROBS=probs, WEIGHT=_weight_run(weight, walk, dense), SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
+            PROBS=probs, WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, Z=z_loss != 0.0,
             CAP=softcap != 0.0, REDUCE=reduction != NONE, TARGET_GRAD=target_grad,
             IN_PLACE=dx is x, **walk.shape.constants,
         ),

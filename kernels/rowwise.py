@@ -202,6 +202,38 @@ def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER
 
 
 @triton.jit
+def gather_runs(place, left, V: tl.constexpr, STEP: tl.constexpr):
+    """[N] pointers -> [N, V] in float32: V elements each, STEP apart, one load each; with `left`, of the first `left`
+    elements [N] alone."""
+    if V == 1:
+        if left is None:
+            return tl.load(place).to(tl.float32)
+        else:
+            return tl.load(place, mask=left > 0, other=0.0).to(tl.float32)
+    else:
+        even = gather_runs(place, left, V // 2, 2 * STEP)
+        odd = gather_runs(place + STEP, None if left is None else left - STEP, V // 2, 2 * STEP)
+        return tl.reshape(tl.join(even, odd), [place.shape[0], V])
+
+
+@triton.jit
+def load_weights(ptr, col, lane, bounds, WIDE: tl.constexpr, HINT: tl.constexpr):
+    """A block of class weights in float32. Where a row is read in wide runs, a thread reads one by one the weights of
+    its own columns, as any other layout would be exchanged between threads; or WIDE, where they too are aligned."""
+    if HINT > 1:
+        V: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+        if WIDE and ((ptr + col).to(tl.int64) & 15) == 0:
+            value = load_run(ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, V)
+        else:
+            run = V * tl.arange(0, lane.shape[1] // V)
+            left = None if bounds is None else tl.where(bounds[0], bounds[2] - col, 0) - run
+            value = tl.reshape(gather_runs(ptr + col + run, left, V, 1), [1, lane.shape[1]])
+        return value
+    else:
+        return load_run(ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
+
+
+@triton.jit
 def store_block(place, value, mask):
     value = value.to(place.dtype.element_ty)
     if len(place.shape) == 3:

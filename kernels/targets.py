@@ -6,8 +6,8 @@ import triton.language as tl
 
 from .numerics import LN2, LOWEST, add_softplus, log_sum, scale2, soft_cap
 from .rowwise import (
-    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col,
-    schedule, shares, store_block,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, load_weights, masked_col,
+    part_col, schedule, shares, store_block,
 )  # fmt: skip
 
 
@@ -23,15 +23,14 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 
 @triton.jit
 def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
-    """A block of w (keep t + shift); for labels, of w shift. WEIGHT: the run of class weights that is aligned
-    wherever a row's is, 0 where there are none."""
+    """A block of w (keep t + shift); for labels, of w shift."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
     q = shift
     if PROBS:
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        q *= load_run(weight_ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
+        q *= load_weights(weight_ptr, col, lane, bounds, not PROBS, HINT)
     return q
 
 
@@ -136,7 +135,7 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     if TARGET_GRAD:
         dt = g * q_from[4] * tl.fma(u, -LN2, lse)
         if WEIGHT:
-            dt *= load_run(q_from[3], tl.full([], 0, tl.int64), col, lane, 1, bounds, WEIGHT if HINT > 1 else 1)
+            dt *= load_weights(q_from[3], col, lane, bounds, False, HINT)
         store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
 
 

@@ -35,9 +35,9 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def tiling(walk: Rows, element_size: int, on_16_bytes: bool, shortest: int) -> Tiling:
-    """Four classes by row length: to 16, to 128, to 8192 (a warp a row), and longer (four warps a row). Up to
-    `shortest` there are none of the first two.
+def tiling(walk: Rows, element_size: int, on_16_bytes: bool, twice: bool) -> Tiling:
+    """Four classes by row length: to 16, to 128, to 8192 (a warp a row), and longer (four warps a row). Rows
+    that are read `twice` have no class of 16.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
@@ -46,9 +46,9 @@ def tiling(walk: Rows, element_size: int, on_16_bytes: bool, shortest: int) -> T
         return Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
     first = walk.strides[0]
     together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
-    if shortest < walk.cols <= 16:
+    if walk.cols <= 16 and not twice:
         return Tiling(64, 8, 8, 2, 1, 1, 4)
-    if shortest < walk.cols <= 128:
+    if walk.cols <= 128:
         return Tiling(16, 16, 16, 8, 1, 1, 4)
     warps = 1 if walk.cols <= SHORT else 4
     if not together:
@@ -95,16 +95,15 @@ def row_walk(
     narrow: int = 1,
     loads: int = 4,
     twice: bool = False,
-    shortest: int = 0,
 ) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
     a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those that read a
     row `twice` give a very long one more threads, so that the rows in flight stay in the cache, and rows of 16
-    classes no class of their own. Nor have rows of up to `shortest` classes."""
+    classes no class of their own."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
-    shape = tiling(common, there[0].element_size(), on_16_bytes, max(shortest, 16 * twice))
+    shape = tiling(common, there[0].element_size(), on_16_bytes, twice)
     if shape.HINT == 0:
         shape = shape._replace(ROWS=shape.ROWS // narrow)
     elif shape.ROWS > 1:

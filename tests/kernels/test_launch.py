@@ -42,9 +42,7 @@ def specialisations(case, shape, options):
 
 @pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
 def test_new_sizes_compile_nothing_new_within_a_class(case):
-    """At most four kernels of each name, chosen by the row length; batch sizes and options choose none. (Class
-    weights that are spread over the classes are read wide where rows are aligned: that is decided apart.)"""
-    spread = case.name in ("cross_entropy/weight+label_smoothing", "cross_entropy/probabilities+weight")
+    """At most four kernels of each name, chosen by the row length; batch sizes and options choose none."""
     every = defaultdict(set)
     for lengths in CLASSES:
         here = defaultdict(set)
@@ -53,7 +51,7 @@ def test_new_sizes_compile_nothing_new_within_a_class(case):
                 for options in ({}, *OPTIONS.get(case.name, ())):
                     for name, keys in specialisations(case, (rows, cols), options).items():
                         here[name] |= keys
-        wide_apart = 1 + (spread or (lengths[-1] > 128 and case.name.endswith("/pos_weight")))
+        wide_apart = 1 + (lengths[-1] > 128 and case.name.endswith("/pos_weight"))
         assert {name: len(keys) for name, keys in here.items() if len(keys) > wide_apart} == {}
         for name, keys in here.items():
             every[name] |= keys
