@@ -10,39 +10,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import log, log1m_half, log_any, quotient
+from .numerics import log, log1m_ratio, log_any, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
 
 @triton.jit
-def bce_term(p, t):
-    """The loss, and s, of which a negative one makes it nan (as nan itself does)."""
-    q = 1.0 - p
-    s = tl.minimum(p, q)
-    weight = tl.where(p <= 0.5, t, 1.0 - t)  # of log s
-    scaled = tl.fma(s, 16777216.0, 0.0)  # no subnormal number, no -0
-    log_s = tl.maximum(log(scaled, 24), -100.0)  # of -104 at 0
-    log_q = log1m_half(s)
-    return tl.fma(weight, log_q - log_s, -log_q), s
+def bce_terms(p, t):
+    """(s, f, d, r): the loss is s r - f d, and nan where s is negative."""
+    s = tl.minimum(p, 1.0 - p)
+    f = tl.where(p <= 0.5, t, 1.0 - t)
+    log_s = log(tl.fma(s, 16777216.0, 0.0), 24)  # of no subnormal number, and no -0: -104 at 0
+    r = log1m_ratio(s)
+    return s, f, tl.fma(s, r, tl.maximum(log_s, -100.0)), r
 
 
 @triton.jit
-def add_loss(total, least, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
+def add_loss(total, likely, least, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
              WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """A tile's loss, added to the lanes' totals or written; with the totals, the least s of a lane. Where there is
-    no element, p = t = 0 adds 0."""
-    loss, s = bce_term(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
-    if WEIGHT:
-        loss *= load(w_from, at, mask, WIDE)
+    """A tile's loss, written or added to the lanes' sums: total, and likely, which is subtracted in the end; with them
+    the least s of a lane. Where there is no element, p = t = 0 adds 0."""
+    s, f, d, r = bce_terms(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
+    w = load(w_from, at, mask, WIDE) if WEIGHT else 1.0
     if REDUCE:
-        total += tl.sum(lanes(loss, V, WIDE), 1)
         least = tl.minimum(least, tl.min(lanes(s, V, WIDE), 1))
+    if REDUCE and WEIGHT:
+        total = add_dot(total, lanes(tl.fma(s, r, -f * d), V, WIDE), lanes(w, V, WIDE))
+    elif REDUCE:
+        total = add_dot(total, lanes(s, V, WIDE), lanes(r, V, WIDE))
+        likely = add_dot(likely, lanes(f, V, WIDE), lanes(d, V, WIDE))
     else:
-        store(out, tl.where(s >= 0, loss, float("nan")), at, mask, WIDE)
-    return total, least
+        store(out, tl.where(s >= 0, tl.fma(s, r, -f * d) * w, float("nan")), at, mask, WIDE)
+    return total, likely, least
 
 
 @kernel
@@ -57,16 +58,17 @@ def bce_forward_kernel(
     out = (out_ptr, out_row, out_col_stride)
     p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
     w = (weight_ptr, weight_row, weight_col_stride)
-    total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
+    total = tl.zeros([ROWS * BLOCK // V], tl.float32)
+    likely, least = total, total
     plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
     for i in range(plan[3]):
         at = tile_at(i, plan, ROWS, BLOCK)
-        total, least = add_loss(total, least, out, p, t, w, at, None, WEIGHT, REDUCE, WIDE, V)
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, None, WEIGHT, REDUCE, WIDE, V)
     for i in range(plan[3], plan[3] + plan[4]):
         at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, least = add_loss(total, least, out, p, t, w, at, mask, WEIGHT, REDUCE, WIDE, V)
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, mask, WEIGHT, REDUCE, WIDE, V)
     if REDUCE:
-        total = tl.where(least < 0, float("nan"), total)
+        total = tl.where(least < 0, float("nan"), total - likely)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
@@ -86,7 +88,7 @@ def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, mask, WEIGHT: tl
         dp = quotient(p - t, tl.maximum(p * q, 1e-12))
         store(dx, tl.where(s >= 0, dp, float("nan")) * g, at, mask, WIDE)
     if TARGET_GRAD:
-        value = log1m_half(s) - log_any(s)
+        value = tl.fma(-s, log1m_ratio(s), -log_any(s))
         store(dt, tl.where(p <= 0.5, value, -value) * g, at, mask, WIDE)
 
 

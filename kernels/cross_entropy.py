@@ -55,12 +55,12 @@ def cross_entropy_forward_kernel(
     for i in range(plan[4]):
         col = clean_col(i, plan, U * T * V)
         x = load_x(x_from, col, lane, None, CAP, HINT)
-        q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
+        q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT)[0] if DENSE else 0.0
         m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, U, T, V)
     for i in range(plan[5]):
         col = part_col(i, plan, U // UP, UP * T * V)
         x = load_x(x_from, col, part, None, CAP, HINT)
-        q = load_q(q_from, col, part, None, PROBS, WEIGHT, HINT) if DENSE else 0.0
+        q = load_q(q_from, col, part, None, PROBS, WEIGHT, HINT)[0] if DENSE else 0.0
         m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, UP, T, V)
     for i in range(plan[6]):
         col = masked_col(i, plan, UP * T * V)
@@ -235,7 +235,8 @@ def cross_entropy_backward(
     dense = probs or label_smoothing != 0.0
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if dense else 2,
-        loads=2 if weight is not None or softcap or x.element_size() > 2 else 4,
+        loads=1 if weight is not None and dense and (target_grad or reduction == NONE)
+        else 2 if weight is not None or softcap or x.element_size() > 2 else 4,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)

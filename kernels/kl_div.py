@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LOG2E
 from .numerics import log, log_positive
@@ -106,7 +106,7 @@ def _scale(x: torch.Tensor, reduction: int) -> float:
 
 def kl_div_forward(out, x, target, log_target, reduction, dtype):
     reduce = reduction != NONE
-    to = walk(None if reduce else out, x, target)
+    to = walk(None if reduce else out, x, target, tile=TILE if reduce else TILE // 2)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         kl_div_forward_kernel, (to.programs,), parts, *to.tensors[1:],

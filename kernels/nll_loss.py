@@ -118,7 +118,7 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
 
 def nll_loss_backward(dx, dloss, x, target, weight, scale, ignore_index, reduction):
     weight = None if weight is None else weight.contiguous()
-    walk = row_walk(min(1, dx.dim() - 1), dx)
+    walk = row_walk(min(1, dx.dim() - 1), dx, narrow=2)
     target, *target_strides = vector(target, walk.outer, walk.inner)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
     launch(

@@ -63,16 +63,16 @@ def log_any(x):
 
 
 @triton.jit
-def log1m_half(p):
-    """log(1 - p) for p in [0, 1/2], 1.2 ulp: -p + p^2 g(p), g of degree 7 (minimax)."""
-    g = tl.fma(p, -1.4145477231456778, 1.63958976196845)
-    g = tl.fma(g, p, -1.2087141379996342)
-    g = tl.fma(g, p, 0.18095238774952135)
-    g = tl.fma(g, p, -0.2636909633754989)
-    g = tl.fma(g, p, -0.24368260504292866)
-    g = tl.fma(g, p, -0.33363212082127935)
-    g = tl.fma(g, p, -0.49999521720551154)
-    return tl.fma(p * p, g, -p)
+def log1m_ratio(p):
+    """-log(1 - p) / p for p in [0, 1/2], 1 ulp: 1 + p g(p), g of degree 7 (minimax)."""
+    g = tl.fma(p, 1.4145477231456778, -1.63958976196845)
+    g = tl.fma(g, p, 1.2087141379996342)
+    g = tl.fma(g, p, -0.18095238774952135)
+    g = tl.fma(g, p, 0.2636909633754989)
+    g = tl.fma(g, p, 0.24368260504292866)
+    g = tl.fma(g, p, 0.33363212082127935)
+    g = tl.fma(g, p, 0.49999521720551154)
+    return tl.fma(g, p, 1.0)
 
 
 @triton.jit

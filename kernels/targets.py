@@ -23,15 +23,16 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 
 @triton.jit
 def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
-    """A block of w (keep t + shift); for labels, of w shift."""
+    """(q, w) of a block: q = w (keep t + shift), and for labels w shift."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
-    q = shift
+    q, w = shift, 1.0
     if PROBS:
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        q *= load_weights(weight_ptr, col, lane, bounds, not PROBS, HINT)
-    return q
+        w = load_weights(weight_ptr, col, lane, bounds, not PROBS, HINT)
+        q *= w
+    return q, w
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def load_others(x_from, q_from, col, lane, bounds, left_out, DENSE: tl.constexpr
     x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
     if DENSE:
         x = tl.where(left_out, LOWEST, x)
-        q = tl.where(left_out, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT))
+        q = tl.where(left_out, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)[0])
     else:
         x = tl.where(left_out, -float("inf"), x)
     return x, q
@@ -121,7 +122,8 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     u = scale2(x, m)
     dx = p * tl.exp2(u)
     if PROBS or SMOOTH:
-        dx = tl.fma(-g, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT), dx)
+        q, w = load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)
+        dx = tl.fma(-g, q, dx)
     mask = None
     if bounds is not None:
         dx = tl.where(is_label, dy, dx)
@@ -135,7 +137,7 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     if TARGET_GRAD:
         dt = g * q_from[4] * tl.fma(u, -LN2, lse)
         if WEIGHT:
-            dt *= load_weights(q_from[3], col, lane, bounds, False, HINT)
+            dt *= w
         store_block(block_at(dt_ptr, dt_at, col, lane, dt_stride, HINT), dt, mask)
 
 
