@@ -110,7 +110,8 @@ class Tape:
         self.rest = self.others(arguments)
         self.active, self.current = active, current
         self.tensors: list[Any] = list(self.given(arguments))
-        self.playable = self.tensors[0].get_device() in (-1, current)
+        twice = len(set(map(id, self.tensors))) < len(self.tensors)  # one tensor in two places, which may differ later
+        self.playable = self.tensors[0].get_device() in (-1, current) and not twice
         self.by_address = True
         self.like_these: Any = None
         self.made: list[Callable] = []
