@@ -99,7 +99,7 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
 
 
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
-    """Machine instructions and special-function operations an element."""
+    """Machine instructions and special-function operations an element; of a branch within a loop, both sides count."""
     elements, counts = trips(launch, cols)
     if len(code.loops) % len(counts):  # the compiler saw that one of them never runs
         counts = tuple(c for c in counts if c) or counts
