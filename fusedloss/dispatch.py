@@ -123,7 +123,8 @@ def path(x: Tensor) -> str:
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in PLAIN_TYPES or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    """Of a type beside the plain ones: whether it is no wrapper."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:

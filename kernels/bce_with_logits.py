@@ -129,7 +129,7 @@ def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.conste
         value = -x
         if POS_WEIGHT:
             a, factor, e = bce_terms(x, 0.0, p, False)
-            value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * (a - x) - a)
+            value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * tl.maximum(-x, 0.0) - a)
         if SMOOTH:
             value *= smooth[0]
         store(dt, value * g, at, mask, WIDE)

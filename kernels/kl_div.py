@@ -12,8 +12,7 @@ import triton.language as tl
 
 from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import LOG2E
-from .numerics import log, log_positive
+from .numerics import LOG2E, log, log_positive
 from .operators import BATCHMEAN, MEAN, NONE
 from .reduce import reduce_sum
 

@@ -110,8 +110,7 @@ class Tape:
         self.rest = self.others(arguments)
         self.active, self.current = active, current
         self.tensors: list[Any] = list(self.given(arguments))
-        twice = len(set(map(id, self.tensors))) < len(self.tensors)  # one tensor in two places, which may differ later
-        self.playable = self.tensors[0].get_device() in (-1, current) and not twice
+        self.playable = self.tensors[0].get_device() in (-1, current)
         self.by_address = True
         self.like_these: Any = None
         self.made: list[Callable] = []
@@ -200,28 +199,32 @@ def perform(operator: Any, arguments: tuple) -> Any:
     current = active.get_current_device()
     given = arguments[: operator.tensors]
     key = (
-        operator, active, current, arguments[operator.tensors :], given[0].get_device(),
-        *[t is not None and (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in given],
+        operator, active, current, arguments[operator.tensors :],
+        *[t is not None and (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
-        if operator.latest is tape or tape.like_these is None:  # it was not seen to be the same: other modes
-            tape.watch(arguments)
-        operator.latest = tape
         tensors = tape.given(arguments)
-        return tape.play(tensors, [*map(address_of, tensors)])
+        addresses = [*map(address_of, tensors)]
+        if not reduce(or_, addresses) & 15:
+            if operator.latest is tape or tape.like_these is None:  # it was, but not known again: other modes
+                tape.watch(arguments)
+            operator.latest = tape
+        return tape.play(tensors, addresses)
     outputs = operator.allocate(*arguments)
-    if tape is None:
-        if len(_tapes) >= TAPES:
-            _tapes.clear()
-        tape = Tape(arguments, operator.tensors, outputs, active, current)
-    before, _thread.tape = getattr(_thread, "tape", None), tape if key not in _tapes else None
+    new = None
+    if tape is None and len(given) == len({id(t) for t in given if t is not None}) + sum(t is None for t in given):
+        new = Tape(arguments, operator.tensors, outputs, active, current)  # a tensor in two places has no tape
+    before, _thread.tape = getattr(_thread, "tape", None), new
     try:
         operator.launcher(outputs, *arguments)
-        tape.tensors = []
-        _tapes[key] = tape
     finally:
         _thread.tape = before
+    if new is not None:
+        new.tensors = []
+        if len(_tapes) >= TAPES:
+            _tapes.clear()
+        _tapes[key] = new
     return outputs
 
 

@@ -26,6 +26,11 @@ _transformed, _profiled = torch._C._are_functorch_transforms_active, torch._C._a
 _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+def odd(tensor: Any) -> bool:
+    """Whether this is a subclass, a batch of vmap's fallback, or a view that stands for its negative."""
+    return tensor is not None and (type(tensor) not in PLAIN or _batched(tensor) or tensor.is_neg())
+
+
 class Operator:
     """An operator's launcher, which is found, and Triton imported, at the first launch; what allocates its outputs; how
     many arguments are tensors: the first ones. `latest` is what it played last (launch.Tape)."""
@@ -56,14 +61,7 @@ def unwatched(operator: Operator, name: str) -> Callable:
                 outputs = operator.latest.replay(arguments)
                 if outputs is not None:
                     return outputs
-            x, y = arguments[0], arguments[1]
-            if (
-                type(x) in PLAIN
-                and not (x.is_neg() or _batched(x))
-                and (type(y) is int or (type(y) in PLAIN and not (y.is_neg() or _batched(y))))
-                and alone
-                and not (_dispatch_modes() or _transformed())
-            ):
+            if alone and not (_dispatch_modes() or _transformed()) and not any(map(odd, arguments[: operator.tensors])):
                 return operator(*arguments)
         return overload(*arguments)
 
@@ -113,7 +111,7 @@ def with_gradient(module: str, forward: str) -> Callable:
 
 def in_place(module: str, schema: str) -> Callable:
     """Register the launcher `<name>` as torch.ops.fusedloss.<name>_, which writes its output over its second
-    argument, whose gradient or which it is, and returns nothing."""
+    argument, whose gradient or which it is."""
     name = schema.partition("(")[0]
     implementation = Operator(module, name.removesuffix("_"), lambda *arguments: (arguments[1], None), schema)
 

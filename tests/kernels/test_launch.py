@@ -124,7 +124,23 @@ assert call() == first and len(plays) == 2
 flipped = torch._neg_view(x.detach()).requires_grad_()  # x's memory, but its values are others
 assert "x" not in str(call(flipped)) and "x" in str(call())
 wide, off = torch.randn(4, 2000, requires_grad=True), torch.randn(8001)[1:].view(4, 2000).requires_grad_()
-assert call(wide) == call(wide) != call(off) and call(wide) != call(off)  # off 16 bytes, in the same shape
+aligned, unaligned = call(wide), call(off)  # off 16 bytes, in the same shape
+assert aligned != unaligned
+for x_now, expected in ((wide, aligned), (off, unaligned), (off, unaligned), (wide, aligned), (wide, aligned)):
+    assert call(x_now) == expected, "an alignment was taken for another"
+twice, other = torch.rand(3, 5), torch.rand(3, 5)  # one tensor in two places leaves no tape behind for two of them
+kl_div = torch.ops.fusedloss.kl_div_backward
+def pointers(dloss, target):
+    seen.clear()
+    with fusedloss.use("triton"):
+        kl_div(dloss, other, target, False, 0, True, False)
+    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in seen[0][-1]]
+assert pointers(twice, twice).count(twice.data_ptr()) == 2
+both = torch.rand(3, 5), torch.rand(3, 5)
+for _ in range(3):
+    found = pointers(*both)
+    assert all(found.count(t.data_ptr()) == 1 for t in both) and twice.data_ptr() not in found
+assert pointers(twice, twice).count(twice.data_ptr()) == 2
 weighted = call(weight=torch.rand(8))
 assert len(weighted) == 3 and weighted != first and call() == first and call(weight=torch.rand(8)) == weighted
 with torch.autocast("cpu", torch.bfloat16):

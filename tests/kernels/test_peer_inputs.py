@@ -504,6 +504,25 @@ def test_label_further_ahead_than_float32_can_tell(smoothing, device):
 
 
 @KERNELS
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "binary_cross_entropy_with_logits", "binary_cross_entropy", "kl_div"]
+)
+def test_views_that_stand_for_their_negative(name, path, device):
+    """Targets and weights whose memory holds the negative of their values, as a conjugate's imaginary part does."""
+    loss, results = getattr(fusedloss, name), []
+    x = torch.rand(3, 5, device=device) * 0.8 + 0.1
+    t, w = torch.rand(3, 5, device=device).softmax(1), torch.rand(5, device=device)
+    more = {} if name == "kl_div" else {"weight": w}
+    for negative in (False, True):
+        given = {k: torch._neg_view(-v) for k, v in more.items()} if negative else more
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf, torch._neg_view(-t) if negative else t, **given, reduction="sum")
+        results.append((value, gradient(value, leaf)))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@KERNELS
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("wrong", [-0.25, 1.25])
 def test_one_number_that_is_no_probability(wrong, reduction, path, device):
