@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch._C._dynamo import guards
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -44,6 +43,7 @@ _recorder: Callable[[Launch], None] | None = None
 _thread = threading.local()
 _runtime = knobs.runtime
 address_of = Tensor.data_ptr
+guards = getattr(torch._C._dynamo, "guards", None)  # Dynamo's; a torch with others finds its tapes by their keys
 
 
 def hooked() -> bool:
@@ -96,8 +96,8 @@ def getter(places: Sequence[int]) -> Callable[[Sequence], tuple]:
     return itemgetter(*places) if len(places) > 1 else lambda values: tuple(values[k] for k in places)
 
 
-def nothing() -> None:
-    """An output that nobody asked for."""
+def nothing(*_: Any) -> None:
+    """An output that nobody asked for, or no answer."""
 
 
 class Tape:
@@ -151,7 +151,10 @@ class Tape:
     def watch(self, arguments: tuple) -> None:
         """Let `replay` know arguments like these: types, layouts, dtypes, devices and torch's modes."""
         tensors, free = self.given(arguments), dict(dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self.like_these = guards.TensorGuards(*tensors, **free).check
+        try:
+            self.like_these = guards.TensorGuards(*tensors, **free).check
+        except (AttributeError, TypeError):
+            self.like_these = nothing
 
     def replay(self, arguments: tuple) -> Any:
         """What `play` returns, or None where arguments, or what surrounds the call, are not those of the last time."""

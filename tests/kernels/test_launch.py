@@ -159,6 +159,11 @@ with torch.inference_mode(), fusedloss.use("triton"):
     assert fusedloss.cross_entropy(x.detach(), y).is_inference()
 plays.clear()
 assert call() == first and len(plays) == 2
+launch.guards = None  # a torch without them
+launch._tapes.clear()
+assert call(wide) == call(wide) == call(wide) == aligned and call() == call() == call() == first
+plays.clear()
+assert call() == first and len(plays) == 2
 triton.knobs.runtime.launch_enter_hook = lambda *_: None  # a profiler: launches go through Triton again
 assert len(call()) == 3 and len(plays) == 2
 print("played")
