@@ -43,7 +43,7 @@ _recorder: Callable[[Launch], None] | None = None
 _thread = threading.local()
 _runtime = knobs.runtime
 address_of = Tensor.data_ptr
-guards = getattr(torch._C._dynamo, "guards", None)  # Dynamo's; a torch with others finds its tapes by their keys
+guards: Any = getattr(torch._C._dynamo, "guards", None)  # Dynamo's; a torch with others finds its tapes by their keys
 
 
 def hooked() -> bool:
