@@ -128,8 +128,8 @@ def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.conste
     if TARGET_GRAD:
         value = -x
         if POS_WEIGHT:
-            a, factor, e = bce_terms(x, 0.0, p, False)
-            value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * tl.maximum(-x, 0.0) - a)
+            e = tl.exp2(-tl.abs(x) * LOG2E)
+            value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0))
         if SMOOTH:
             value *= smooth[0]
         store(dt, value * g, at, mask, WIDE)

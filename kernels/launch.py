@@ -215,9 +215,9 @@ def perform(operator: Any, arguments: tuple) -> Any:
             operator.latest = tape
         return tape.play(tensors, addresses)
     outputs = operator.allocate(*arguments)
-    new = None
-    if tape is None and len(given) == len({id(t) for t in given if t is not None}) + sum(t is None for t in given):
-        new = Tape(arguments, operator.tensors, outputs, active, current)  # a tensor in two places has no tape
+    there, new = [id(t) for t in given if t is not None], None
+    if tape is None and len(there) == len(set(there)):  # a tensor in two places has no tape
+        new = Tape(arguments, operator.tensors, outputs, active, current)
     before, _thread.tape = getattr(_thread, "tape", None), new
     try:
         operator.launcher(outputs, *arguments)

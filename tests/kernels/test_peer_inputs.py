@@ -505,6 +505,14 @@ def test_label_further_ahead_than_float32_can_tell(smoothing, device):
         assert gradient.abs().max() < 1e-37
 
 
+def test_infinite_logits_with_pos_weight(path, device):
+    """The target's gradient is -x, and times p below 0: infinite, and no inf - inf."""
+    x, p = torch.tensor([INFINITY, -INFINITY], device=device), torch.tensor(2.0, device=device)
+    target = torch.tensor([1.0, 0.0], device=device, requires_grad=True)
+    loss = fusedloss.binary_cross_entropy_with_logits(x, target, pos_weight=p, reduction="none")
+    assert gradient(loss.sum(), target).tolist() == [-INFINITY, INFINITY]
+
+
 @KERNELS
 @pytest.mark.parametrize(
     "name", ["cross_entropy", "binary_cross_entropy_with_logits", "binary_cross_entropy", "kl_div"]
