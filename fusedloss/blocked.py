@@ -20,7 +20,6 @@ from .reference import BATCHMEAN, HALF, MEAN, NONE
 
 LARGE = 1 << 22  # elements of the input: below, torch is as fast
 CLASSES = 8192  # the same for the classes of a row
-ROWS = 32  # a piece of cross entropy
 RARE = 1e-30  # of a smaller probability digits may be lost
 DTYPES = HALF | {SINGLE}
 
@@ -159,14 +158,14 @@ Results = tuple[Tensor | None, Tensor | None]  # the loss and its gradient, as f
 
 def _cross_entropy_of(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
     target, weight, ignore_index, smoothing, _, _, reduction, _, dtype = others
-    classes = x.shape[1]
+    classes, piece = x.shape[1], max(1, PIECE // x.shape[1])
     w = None if weight is None else weight.to(SINGLE).unsqueeze(0)
     dx = torch.empty_like(x) if grad else None
     rows = torch.empty((len(x), 1), dtype=SINGLE, device="cpu")
     upstream = upstream.to(SINGLE).reshape(-1, 1)
     if target.is_floating_point():
         count: Any = len(x) if reduction == MEAN else 1.0
-        walk(_probabilities(smoothing), ROWS, [x, target, (upstream / count).expand_as(rows), w, rows, dx], 2)
+        walk(_probabilities(smoothing), piece, [x, target, (upstream / count).expand_as(rows), w, rows, dx], 2)
     else:
         kept = target.unsqueeze(1) != ignore_index
         y = target.unsqueeze(1).where(kept, 0)
@@ -178,7 +177,7 @@ def _cross_entropy_of(x: Tensor, others: Any, upstream: Tensor, want: bool, grad
         sums = torch.empty_like(rows) if smoothing else None
         scales = [total * share, spread * share if smoothing else None] if grad else [None, None]
         tensors = [x, y, *scales, w, rows, sums, dx]
-        walk(_labels(want, bool(smoothing)), ROWS, tensors, 2)
+        walk(_labels(want, bool(smoothing)), piece, tensors, 2)
         logs = want and (not grad or bool(smoothing))
         if dx is not None:
             p = rows.exp() if logs else rows
@@ -209,7 +208,7 @@ def _elements(
     shared = [w is not None and w.shape != x.shape for w in weights]
     length = PIECE // classes * classes if any(shared) else PIECE
     lanes = [
-        w.reshape(-1).expand(classes).repeat(length // classes) if s else w
+        w.reshape(-1).to(SINGLE).expand(classes).repeat(length // classes) if s else w
         for w, s in zip(weights, shared, strict=True)
     ]
     factor = {MEAN: 1.0 / x.numel(), BATCHMEAN: 1.0 / x.shape[0]}.get(reduction, 1.0)

@@ -1,20 +1,35 @@
 """A large CPU tensor piece by piece: all operations on a piece while it is in cache.
 
-Eager torch walks over the whole tensor once an operation. Pieces are large enough for torch to divide each
-operation among its threads: many small ones would wait for each other more than they compute.
+Eager torch walks over the whole tensor once an operation. Its threads wait for each other after every one, which
+costs many small operations all they gain as soon as another process takes a core. Here each thread has pieces of its
+own, and the next one when it is done.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from itertools import repeat
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PIECE = 1 << 19  # elements
+PIECE = 1 << 18  # elements
+WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
+
+
+@cache
+def _set_own_threads() -> Callable | None:
+    """OpenMP's function that sets how many threads the calling thread's operations are divided among, from the library
+    that torch is linked with. torch.set_num_threads would set the process's."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+    except (AttributeError, OSError):
+        return None
 
 
 def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float:
@@ -22,21 +37,40 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
 
     The first tensor sets how many rows there are; a shorter one serves every piece. The first two are converted.
     """
-    count, width = tensors[0].shape[0], tensors[0].shape[1:]
+    length, width = tensors[0].shape[0], tensors[0].shape[1:]
     convert = [i for i, t in enumerate(tensors[:2]) if t.dtype in (torch.float16, torch.bfloat16)]
-    total = 0.0
-    with torch.no_grad():
-        buffers = [torch.empty((rows, *width), dtype=SINGLE, device="cpu") for _ in range(spares + len(convert))]
-        split = [repeat(t) if t is None or len(t) < count else t.split(rows) for t in tensors]
-        for piece in zip(*split, strict=False):
-            given, own = list(piece), buffers
-            n = len(given[0])
-            if n < rows:
-                given, own = [t if t is None else t[:n] for t in given], [b[:n] for b in own]
-            for i, buffer in zip(convert, own[spares:], strict=True):
-                given[i] = buffer.copy_(given[i])
-            total += formula(*given, *own[:spares])
-    return total
+    cut = [t is not None and len(t) == length for t in tensors]
+    starts = range(0, length, rows)
+    threads, set_own_threads = torch.get_num_threads(), _set_own_threads()
+    workers = min(threads, WORKERS, len(starts)) if set_own_threads else 1
+    sums, turn, inference = [0.0] * len(starts), count(), torch.is_inference_mode_enabled()
+
+    def work(buffers: list[Tensor]) -> None:
+        if set_own_threads and workers > 1:
+            torch.get_num_threads()  # torch's own setting for a new thread comes first
+            set_own_threads(threads // workers)
+        with torch.inference_mode(inference), torch.no_grad():
+            while (k := next(turn)) < len(starts):
+                n = min(rows, length - starts[k])
+                given: list[Any] = [
+                    t if t is None else t.narrow(0, starts[k], n) if c else t[:n]
+                    for t, c in zip(tensors, cut, strict=True)
+                ]
+                own = buffers if n == rows else [b[:n] for b in buffers]
+                for i, buffer in zip(convert, own[spares:], strict=True):
+                    given[i] = buffer.copy_(given[i])
+                sums[k] = formula(*given, *own[:spares])
+
+    buffers = [
+        [torch.empty((rows, *width), dtype=SINGLE, device="cpu") for _ in range(spares + len(convert))]
+        for _ in range(workers)
+    ]
+    if workers == 1:
+        work(*buffers)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, buffers))
+    return sum(sums)
 
 
 def log1p_sum(e: Tensor, buffer: Tensor) -> float:
