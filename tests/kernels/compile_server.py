@@ -27,7 +27,8 @@ def code(launch, target):
            repr(source.attrs))  # fmt: skip
     if key not in _codes:
         made = compiled.compile_launch(launch, target)
-        _codes[key] = dict(name=made.name, spills=made.spills, instructions=made.instructions, widths=made.widths)
+        _codes[key] = dict(name=made.name, spills=made.spills, registers=made.registers,
+                           instructions=made.instructions, widths=made.widths)  # fmt: skip
     return _codes[key]
 
 
@@ -40,10 +41,11 @@ def answer(case, shape, dtype, reduction, layout, target):
     keywords["reduction"] = reduction
 
     def call():
-        leaves = [t.requires_grad_(t.is_floating_point() and i < case.differentiable)
-                  for i, t in enumerate(tensors)]  # fmt: skip
-        loss = case.ours(*leaves, **keywords)
-        torch.autograd.grad(loss, [t for t in leaves if t.requires_grad], torch.ones_like(loss))
+        for differentiable in sorted({1, case.differentiable}):  # of the input alone, and of the target too
+            leaves = [t.requires_grad_(t.is_floating_point() and i < differentiable)
+                      for i, t in enumerate(tensors)]  # fmt: skip
+            loss = case.ours(*leaves, **keywords)
+            torch.autograd.grad(loss, [t for t in leaves if t.requires_grad], torch.ones_like(loss))
 
     found = []
     for launch in compiled.launches(call):
