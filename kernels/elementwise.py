@@ -166,8 +166,8 @@ def trips_of(tiles: int, tile: int) -> int:
 
 
 def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
-    """Cover tensors of one shape (None where there is none); copied only where no plane fits all. A tile is
-    half as large with more than three tensors, and of float32; kernels that keep more an element ask for a smaller one."""
+    """Cover tensors of one shape (None where there is none); copied only where no plane fits all. A tile is half
+    as large of float32, and with more than three tensors; kernels that keep more an element ask for a smaller one."""
     there = [t for t in tensors if t is not None]
     if len(there) > 3 or there[0].element_size() > 2:
         tile = min(tile, TILE // 2)
