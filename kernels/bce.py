@@ -16,15 +16,18 @@ from .numerics import log, log1m_ratio, log_any, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
+BOUND: tl.constexpr = tl.constexpr(3.720075976020836e-44)  # exp(-100)
+
 
 @triton.jit
-def bce_terms(p, t):
-    """(s, f, d, r): the loss is s r - f d, and nan where s is negative."""
+def bce_terms(p, t, HALF: tl.constexpr):
+    """(s, f, d, r): the loss is s r - f d, and nan where s is negative. HALF: p was half precision, of which none lies
+    between 0 and exp(-93): log(s + exp(-100)) has the bound of -100, and is off by the last digits of subnormal s alone."""
     s = tl.minimum(p, 1.0 - p)
     f = tl.where(p <= 0.5, t, 1.0 - t)
-    log_s = log(tl.fma(s, 16777216.0, 0.0), 24)  # of no subnormal number, and no -0: -104 at 0
+    log_s = log(tl.fma(s, 16777216.0, 16777216.0 * BOUND if HALF else 0.0), 24)  # of no subnormal number, and no -0
     r = log1m_ratio(s)
-    return s, f, tl.fma(s, r, tl.maximum(log_s, -100.0)), r
+    return s, f, tl.fma(s, r, log_s if HALF else tl.maximum(log_s, -100.0)), r
 
 
 @triton.jit
@@ -32,7 +35,8 @@ def add_loss(total, likely, least, out, p_from, t_from, w_from, at, mask, WEIGHT
              WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """A tile's loss, written or added to the lanes' sums: total, and likely, which is subtracted in the end; with them
     the least s of a lane. Where there is no element, p = t = 0 adds 0."""
-    s, f, d, r = bce_terms(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE))
+    HALF: tl.constexpr = p_from[0].dtype.element_ty != tl.float32
+    s, f, d, r = bce_terms(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE), HALF)
     w = load(w_from, at, mask, WIDE) if WEIGHT else 1.0
     if REDUCE:
         least = tl.minimum(least, tl.min(lanes(s, V, WIDE), 1))
