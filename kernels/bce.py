@@ -22,7 +22,7 @@ BOUND: tl.constexpr = tl.constexpr(3.720075976020836e-44)  # exp(-100)
 @triton.jit
 def bce_terms(p, t, HALF: tl.constexpr):
     """(s, f, d, r): the loss is s r - f d, and nan where s is negative. HALF: p was half precision, of which none lies
-    between 0 and exp(-93): log(s + exp(-100)) has the bound of -100, and is off by the last digits of subnormal s alone."""
+    between 0 and exp(-93): log(s + exp(-100)) has the bound of -100, and is off by the last digits of subnormal s."""
     s = tl.minimum(p, 1.0 - p)
     f = tl.where(p <= 0.5, t, 1.0 - t)
     log_s = log(tl.fma(s, 16777216.0, 16777216.0 * BOUND if HALF else 0.0), 24)  # of no subnormal number, and no -0
