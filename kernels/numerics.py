@@ -127,29 +127,39 @@ def inverse(v):
 
 
 @triton.jit
-def inverses_of_four(v):
-    """1 / v of v in [1, 2^31], four neighbours [..., BLOCK] from one reciprocal."""
+def quarters(v):
+    """[..., N] -> four of [..., N / 4]: neighbours."""
     ac, bd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1] // 4, 2, 2]))
     a, c = tl.split(ac)
     b, d = tl.split(bd)
+    return a, b, c, d
+
+
+@triton.jit
+def inverses_of_eight(v):
+    """1 / v of v in [1, 2], eight neighbours [..., BLOCK] from one reciprocal."""
+    a, b, c, d = quarters(v)
     ab, cd = a * b, c * d
-    r = inverse(ab * cd)
+    first, second = tl.split(tl.reshape(ab * cd, [v.shape[0], v.shape[1] // 8, 2]))
+    r = inverse(first * second)
+    r = tl.reshape(tl.join(r * second, r * first), [v.shape[0], v.shape[1] // 4])
     r_ab, r_cd = r * cd, r * ab
     return tl.reshape(tl.join(tl.join(r_ab * b, r_cd * d), tl.join(r_ab * a, r_cd * c)), v.shape)
 
 
 @triton.jit
-def soft_cap(x, cap, HALF: tl.constexpr, IN_FOURS: tl.constexpr):
+def soft_cap(x, cap, HALF: tl.constexpr, IN_EIGHTS: tl.constexpr):
     """cap tanh(x / cap) = cap (1 - e) / (1 + e), e = exp(-2 x / cap). HALF: x was half precision, and half a dozen
-    roundings are not seen; IN_FOURS: neighbours of it stand in one thread."""
-    e = tl.exp2(tl.minimum(x * (-2.0 * LOG2E / cap), 30.0, propagate_nan=tl.PropagateNan.ALL))
-    v, y = 1.0 + e, tl.fma(e, -cap, cap)
-    if not HALF:
-        return quotient(y, v)
-    elif IN_FOURS:
-        return y * inverses_of_four(v)
+    roundings are not seen; IN_EIGHTS: neighbours of it stand in one thread."""
+    if HALF and IN_EIGHTS:  # of |x|, as no product of eight 1 + e overflows then
+        e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / cap))
+        y = tl.fma(e, -cap, cap) * inverses_of_eight(1.0 + e)
+        signed = y.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+        return signed.to(tl.float32, bitcast=True)
     else:
-        return y * inverse(v)
+        e = tl.exp2(tl.minimum(x * (-2.0 * LOG2E / cap), 30.0, propagate_nan=tl.PropagateNan.ALL))
+        v, y = 1.0 + e, tl.fma(e, -cap, cap)
+        return y * inverse(v) if HALF else quotient(y, v)
 
 
 @triton.jit
