@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, VECTOR, load, store, tile_at, tile_mask, trips_of
+from .elementwise import NUM_WARPS, VECTOR, add_dot, lanes, load, store, tile_at, tile_mask, trips_of
 from .launch import kernel, launch, scratch
 from .layout import Rows, contiguous_rows, plane
 from .numerics import log, log_any
@@ -25,19 +25,28 @@ TILE = 1024
 @triton.jit
 def entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's outer index, and its rows and tiles as elementwise.tiles_of gives them."""
-    tile, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    row = (tile % row_tiles).to(tl.int64) * ROWS
+    outer, tile, chunk = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.program_id(0)
+    if chunk >= chunks:  # not in one long row: a division is many instructions
+        tile = chunk // chunks
+        chunk -= tile * chunks
+        outer = tile // row_tiles
+        tile -= outer * row_tiles
+    row = tile.to(tl.int64) * ROWS
     start = chunk.to(tl.int64) * trips * BLOCK
     before = tl.minimum(n_cols - start, trips.to(tl.int64) * BLOCK).to(tl.int32)
     whole = tl.where(row + ROWS <= n_inner, before // BLOCK, 0)
-    return (tile // row_tiles).to(tl.int64), (row, start, before, whole, tl.cdiv(before, BLOCK) - whole)
+    return outer.to(tl.int64), (row, start, before, whole, tl.cdiv(before, BLOCK) - whole)
 
 
 @triton.jit
-def add_entropy(total, least, p_from, at, mask, WIDE: tl.constexpr):
-    """Into an element's totals: -p log p, and the least p."""
+def add_entropy(total, least, p_from, at, mask, REDUCE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):
+    """Into the totals, an element's or (REDUCE) a lane's: p log p, and the least p."""
     p = load(p_from, at, mask, WIDE)
-    return tl.fma(-p, log(p), total), tl.minimum(least, p)  # log(0) is finite: 0 log 0 = 0
+    x = log(p)  # log(0) is finite: 0 log 0 = 0
+    if REDUCE:
+        return add_dot(total, lanes(p, V, WIDE), lanes(x, V, WIDE)), tl.minimum(least, tl.min(lanes(p, V, WIDE), 1))
+    else:
+        return tl.fma(p, x, total), tl.minimum(least, p)
 
 
 @kernel
@@ -45,17 +54,18 @@ def entropy_forward_kernel(
     out_ptr, p_ptr,
     n_inner, n_cols, row_tiles, chunks, trips,
     p_outer, p_inner, p_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
     p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
-    total, least = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    total = tl.zeros([ROWS * BLOCK // V] if REDUCE else [ROWS, BLOCK], tl.float32)
+    least = total
     for i in range(plan[3]):
-        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
+        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), None, REDUCE, WIDE, V)
     for i in range(plan[3], plan[3] + plan[4]):
         mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
-        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
-    total = tl.where(least < 0, float("-inf"), total)
+        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), mask, REDUCE, WIDE, V)
+    total = tl.where(least < 0, float("-inf"), -total)
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
     else:
@@ -116,12 +126,20 @@ class Tiling(NamedTuple):
         )  # fmt: skip
 
     @property
-    def constants(self) -> dict[str, int | bool]:
-        wide = self.block >= 1024 and all(
+    def wide(self) -> bool:
+        return self.block >= 1024 and all(
             t.data_ptr() % 16 == 0 and outer % VECTOR == inner % VECTOR == 0 and classes == 1
             for t, (outer, inner, classes) in zip(self.tensors, self.walk.strides, strict=True)
         )
-        return dict(ROWS=self.tile_rows, BLOCK=self.block, WIDE=wide)
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        return dict(ROWS=self.tile_rows, BLOCK=self.block, WIDE=self.wide)
+
+    @property
+    def lane(self) -> int:
+        """The elements of a lane's sum: those that a thread loads at once, or all that it has."""
+        return 16 // self.tensors[0].element_size() if self.wide else self.tile_rows * self.block // (32 * NUM_WARPS)
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
@@ -131,13 +149,13 @@ class Tiling(NamedTuple):
         }
 
 
-def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling:
+def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool, tile: int = TILE) -> Tiling:
     """Cover the rows of tensors of one shape, copied where no common walk fits them. `join`: where a row
     ends doesn't matter; `split`: several programs may share a row."""
     flat = plane(*tensors) if join else None
     if flat is not None and flat.rows == 1:
         walk = Rows(1, 1, flat.cols, [(0, 0, stride) for _, stride in flat.strides])
-        block = TILE
+        block = tile
     else:
         walk, copies = contiguous_rows(dim, tensors)
         tensors = tuple(copies)
@@ -145,11 +163,11 @@ def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool) -> Tiling
     cols = walk.cols
     if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):
         block = 16  # neighbours in memory are rows
-    tile_rows = TILE // block
+    tile_rows = tile // block
     row_tiles, col_tiles = triton.cdiv(walk.inner, tile_rows), triton.cdiv(cols, block)
     trips = col_tiles
     if split:
-        trips = min(trips_of(walk.outer * row_tiles * col_tiles, TILE), col_tiles)
+        trips = min(trips_of(walk.outer * row_tiles * col_tiles, tile), col_tiles)
     chunks = triton.cdiv(col_tiles, trips)
     return Tiling(list(tensors), walk, tile_rows, block, row_tiles, chunks, trips)
 
@@ -160,12 +178,13 @@ def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
 
 def entropy_forward(out, p, dim, reduction, dtype):
     reduce = reduction != NONE
-    to = _tiling(dim, p, join=reduce, split=reduce)
+    tile = 2 * TILE if reduce and p.element_size() == 2 else TILE
+    to = _tiling(dim, p, join=reduce, split=reduce, tile=tile)
     parts = scratch(p, to.programs) if reduce else out
     launch(
         entropy_forward_kernel, (to.programs,), parts, *to.tensors,
         scalars=to.scalars | to.stride_scalars("p"),
-        constants=dict(REDUCE=reduce, **to.constants),
+        constants=dict(REDUCE=reduce, **to.constants, V=to.lane),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:
