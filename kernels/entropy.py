@@ -65,7 +65,7 @@ def entropy_forward_kernel(
     for i in range(plan[3], plan[3] + plan[4]):
         mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
         total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), mask, REDUCE, WIDE, V)
-    total = tl.where(least < 0, float("-inf"), -total)
+    total = tl.where(least < 0, float("-inf"), 0.0 - total)  # of 0, not -0
     if REDUCE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
     else:

@@ -544,3 +544,11 @@ def test_one_number_that_is_no_probability(wrong, reduction, path, device):
     if wrong < 0:
         assert fusedloss.kl_div(p.log(), bad, reduction=reduction).isnan().sum() == 1
         assert (fusedloss.entropy(bad, reduction=reduction) == -INFINITY).sum() == 1
+
+
+@KERNELS
+@HALF_AND_SINGLE
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_entropy_of_certain_rows_is_no_negative_zero(reduction, dtype, path, device):
+    loss = fusedloss.entropy(torch.eye(8, dtype=dtype, device=device), reduction=reduction)
+    assert (loss == 0).all() and not loss.signbit().any()
