@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from .layout import contiguous_plane
+from .numerics import APPROXIMATE
 
-TILE = 2048
+TILE = 2048 if APPROXIMATE.value else 1024  # before Triton 3.9, 2048 takes up to 168 registers a thread
 NUM_WARPS = 4
-MAX_TRIPS = 8  # of whole TILEs
+MAX_SHARE = 16384  # elements a program
 MAX_LANE = 120  # elements: a lane's product of 1 + e, e in [0, 1], stays finite
 FILL = 1024  # programs that fill the largest GPU: with fewer, a program takes fewer tiles
 VECTOR = 8
@@ -162,7 +163,7 @@ class Walk(NamedTuple):
 
 def trips_of(tiles: int, tile: int) -> int:
     """Tiles a program: as many as leave enough programs to fill a GPU. A lane has up to VECTOR elements of each."""
-    return max(1, min(MAX_TRIPS * TILE // tile, MAX_LANE // VECTOR, tiles // FILL))
+    return max(1, min(MAX_SHARE // tile, MAX_LANE // VECTOR, tiles // FILL))
 
 
 def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
@@ -182,6 +183,8 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
     )
     if rows > 1:  # for the addresses
         tile = min(tile, TILE // 2 if wide else TILE // 4 if len(there) <= 3 else TILE // 8)
+    if wide:  # 16 bytes a thread
+        tile = max(tile, 512 * NUM_WARPS // there[0].element_size())
     block = tile
     if rows > 1 and cols <= 1024:
         block = 16 if cols <= 16 else 128 if cols <= 128 else min(tile, 1024)
