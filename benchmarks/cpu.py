@@ -5,7 +5,8 @@
 
 Each round times every implementation once, one after another: what slows one slows the others. A result is compared
 with float64's, in ten of its rows, before anything is timed. Temporary memory is the most that torch allocated at a
-time, less what the call returned. `--busy 1` lets another process compute on the first core meanwhile.
+time in the calling thread (which makes its workers' buffers too), less what the call returned. `--busy 1` lets another
+process compute on the first core meanwhile.
 """
 
 from __future__ import annotations

@@ -127,18 +127,11 @@ def inverse(v):
 
 
 @triton.jit
-def quarters(v):
-    """[..., N] -> four of [..., N / 4]: neighbours."""
+def inverses_of_eight(v):
+    """1 / v of v in [1, 2], eight neighbours [..., BLOCK] from one reciprocal."""
     ac, bd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1] // 4, 2, 2]))
     a, c = tl.split(ac)
     b, d = tl.split(bd)
-    return a, b, c, d
-
-
-@triton.jit
-def inverses_of_eight(v):
-    """1 / v of v in [1, 2], eight neighbours [..., BLOCK] from one reciprocal."""
-    a, b, c, d = quarters(v)
     ab, cd = a * b, c * d
     first, second = tl.split(tl.reshape(ab * cd, [v.shape[0], v.shape[1] // 8, 2]))
     r = inverse(first * second)

@@ -366,8 +366,7 @@ class TestFullSize:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_temporary_memory(self, small, name, dtype, monkeypatch):
         """The most that is allocated at a time beside the gradient, from torch's own record of allocations, which sees
-        one thread: all workers at once, each with what the one here adds to what it
-        found, stay under 64 MiB."""
+        one thread: all workers at once, each with what the one here adds to what it found, stay under 64 MiB."""
         workers = pieces.WORKERS
         monkeypatch.setattr(pieces, "WORKERS", 1)
         ours, _, _, tensors, keywords = make(name, (1024, 32000), dtype)
@@ -406,11 +405,13 @@ class TestFullSize:
             assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
 
     def test_without_openmp(self, small, monkeypatch):
+        """The calling thread walks alone, and torch divides its operations."""
         monkeypatch.setattr(pieces.ctypes, "CDLL", lambda path: object())
-        pieces._set_own_threads.cache_clear()
+        assert pieces._set_own_threads.__wrapped__() is None
+        monkeypatch.setattr(pieces, "_set_own_threads", lambda: None)
+        monkeypatch.setattr(pieces, "ThreadPoolExecutor", None)
         x = rand((256, 32000)).requires_grad_()
         loss = fusedloss.cross_entropy(x, torch.arange(256))
-        pieces._set_own_threads.cache_clear()
         expected = F.cross_entropy(y := x.detach().requires_grad_(), torch.arange(256))
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, y))

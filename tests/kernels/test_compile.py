@@ -16,7 +16,8 @@ import pytest
 
 from fusedloss import compiled, testing
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+from fusedloss.kernels.numerics import APPROXIMATE
 
 ALL = os.environ.get("FUSEDLOSS_TEST_ALL") == "1"
 WIDE = "wide"
@@ -35,7 +36,7 @@ CONFIGURATIONS = [
     ((2, 60, 300), "plain", "float32", "none"),  # the same, with many positions
 ]
 # 32 warps an SM; older compilers keep more of a polynomial's values at a time
-REGISTERS = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 128
+REGISTERS = 64 if APPROXIMATE.value else 128
 # read by what their size depends on, or not at all: element by element is right for them
 NARROW = {"sum_kernel", "means_kernel", "factors_kernel", "nll_loss_forward_kernel"}
 
