@@ -79,7 +79,8 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
 
     A long row: whole blocks without a mask, whole parts of the label's block and of the tail where a part is
     less than a block, masked parts; a kernel that walks a row twice has these loops twice. A tile of short rows:
-    masked blocks. An element-wise plane: whole tiles, and masked ones, which the last program alone has."""
+    masked blocks. An element-wise plane: whole tiles (UNROLL a trip, then the rest), and masked ones, which the last
+    program alone has."""
     constants, threads = launch.constants, launch.num_warps * 32
     if "T" in constants and constants["ROWS"] == 1:
         part, each = constants["UP"] * constants["T"] * constants["V"], constants["U"] // constants["UP"]
@@ -94,8 +95,9 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
         return constants["ROWS"] * cols // threads, (-(-cols // block),)
     if "BLOCK" not in constants:  # one element a row is gathered
         return 1, (1,)
-    tiles = launch.scalars["trips"]
-    return tiles * constants["ROWS"] * constants["BLOCK"] // threads, (tiles, 0)
+    tiles, unroll = launch.scalars["trips"], constants.get("UNROLL", 1)
+    whole = (tiles // unroll, tiles % unroll) if unroll > 1 else (tiles,)
+    return tiles * constants["ROWS"] * constants["BLOCK"] // threads, (*whole, 0)
 
 
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
@@ -106,8 +108,13 @@ def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     instructions, special = float(code.outside.instructions), float(code.outside.special)
     for k, loop in enumerate(code.loops):
         times = float(counts[k % len(counts)])
-        if len(counts) == 3 and k % 3 == 0 and k + 1 < len(code.loops) and (one := code.loops[k + 1].load_bytes):
-            times /= max(1, loop.load_bytes // (launch.constants["U"] * one))  # the assembler unrolled it
+        once = 0  # bytes that the loop loads in a trip, where another loop tells
+        if "UNROLL" in launch.constants and k == 1:
+            once = code.loops[0].load_bytes // launch.constants["UNROLL"]
+        elif "U" in launch.constants and len(counts) == 3 and k % 3 == 0 and k + 1 < len(code.loops):
+            once = launch.constants["U"] * code.loops[k + 1].load_bytes
+        if once:
+            times /= max(1, loop.load_bytes // once)  # the assembler unrolled it
         instructions += loop.instructions * times
         special += loop.special * times
     return instructions / max(elements, 1), special / max(elements, 1)

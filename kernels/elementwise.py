@@ -109,13 +109,28 @@ def lanes(tile, V: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def twos(x):
+    """[N, V] -> [N, ..., 2], to be split again and again: the compiler is slow where each split has its reshape."""
+    if x.shape[1] == 8:
+        return tl.reshape(x, [x.shape[0], 2, 2, 2])
+    elif x.shape[1] == 4:
+        return tl.reshape(x, [x.shape[0], 2, 2])
+    else:
+        return tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
+
+
+@triton.jit
 def add_dot(total, a, b):
     """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
-    if a.shape[1] == 1:
+    if len(a.shape) == 1:
+        return tl.fma(a, b, total)
+    elif a.shape[1] == 1:
         return tl.fma(tl.reshape(a, [a.shape[0]]), tl.reshape(b, [a.shape[0]]), total)
+    elif len(a.shape) == 2 and a.shape[1] > 2:
+        return add_dot(total, twos(a), twos(b))
     else:
-        a0, a1 = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
-        b0, b1 = tl.split(tl.reshape(b, [a.shape[0], a.shape[1] // 2, 2]))
+        a0, a1 = tl.split(a)
+        b0, b1 = tl.split(b)
         return add_dot(add_dot(total, a0, b0), a1, b1)
 
 
