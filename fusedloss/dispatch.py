@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import blocked
-from .reference import BACKWARD, FORWARD, INPLACE, NONE
+from .reference import BACKWARD, FORWARD, HALF, INPLACE, NONE
 
 TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
@@ -144,6 +144,22 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
     return dtype in DTYPES
 
 
+def small(name: str, x: Tensor, other: Tensor | None, another: Tensor | None = None) -> bool:
+    """Whether the reference, where it calls torch's own function on these, may be called at once: an input of
+    several rows in a CPU's memory, too small for pieces, and other tensors of its dtype. That function checks them."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dim() > 1
+        and not _any_device
+        and not is_compiling()
+        and x.numel() < blocked.LARGE.get(name, blocked.NEVER)
+        and (other is None or (type(other) is Tensor and other.dtype is x.dtype))
+        and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
+        and (x.dtype not in HALF or not torch.is_autocast_enabled("cpu"))
+    )
+
+
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
     """`name`'s kernels or `reference`, on the same arguments: x, target, weights, numbers, result dtype.
 
@@ -157,7 +173,7 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
         if is_compiling():
             return function(name).apply(x, *others)
         return (_applied.get(name) or applied(name))(x, *others)
-    if not is_compiling() and x.numel() >= blocked.LARGE and blocked.suits(name, x, others):
+    if not is_compiling() and x.numel() >= blocked.LARGE.get(name, blocked.NEVER) and blocked.suits(name, x, others):
         if not (x.requires_grad and torch.is_grad_enabled()):
             return blocked.compute(name, x.detach(), others, False)[0]
         return function("Blocked").apply(name, reference, x, *others)

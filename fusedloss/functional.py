@@ -16,9 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
 from .checks import given
-from .dispatch import place, run
+from .dispatch import place, run, small
 from .divergence import entropy, entropy_with_logits, kl_div_with_logits
-from .reference import BATCHMEAN, SUM
+from .reference import BACKWARD, BATCHMEAN, SUM
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "entropy",
@@ -154,6 +154,8 @@ def binary_cross_entropy(
             **given(dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
+    if dtype is None and small("BCE", input, target, weight) and target.size() == input.size():
+        return reference.bce(input, target, weight, number, input.dtype)
     checks.bce(input, target, weight)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -254,9 +256,16 @@ def cross_entropy(
                      grad_in_forward=grad_in_forward, dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
+    dense = target if isinstance(target, Tensor) and target.is_floating_point() else None
+    if softcap is None and not (z_loss or return_z_loss or inplace or grad_in_forward or dtype) and small(
+        "CrossEntropy", input, weight, dense
+    ):
+        return reference.cross_entropy(
+            input, target, weight, ignore_index, label_smoothing, 0.0, 0.0, number, BACKWARD, input.dtype
+        )[0]
     checks.cross_entropy(input, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     result = input.dtype
-    if target.is_floating_point():
+    if dense is not None:
         result = torch.promote_types(result, target.dtype)
         if weight is not None:
             result = torch.promote_types(result, weight.dtype)
@@ -328,6 +337,8 @@ def nll_loss(
             reduction=reduction, **given(dtype=dtype),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
+    if dtype is None and small("NLLLoss", input, weight):
+        return reference.nll_loss(input, target, weight, ignore_index, number, input.dtype)
     checks.nll_loss(input, target, weight, ignore_index)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -399,6 +410,8 @@ def kl_div(
                 stacklevel=2,
             )
         number = _Reduction.get_enum(reduction)
+    if dtype is None and not batchmean and small("KLDiv", input, target):
+        return reference.kl_div(input, target, log_target, number, input.dtype)
     checks.kl_div(input, target)
     result = input.dtype
     if result is not target.dtype:

@@ -2,7 +2,7 @@
 
 Eager torch walks over the whole tensor once an operation. Its threads wait for each other after every one, which
 costs many small operations all they gain as soon as another process takes a core. Here each thread has pieces of its
-own, and the next one when it is done.
+own, and the next one when it is done; of a tensor that is soon done, all threads share each operation on a piece.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 18  # elements
+SHARED = 1 << 23  # elements from which threads have pieces of their own; they are started for each walk
 WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
 
@@ -42,7 +43,8 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
     cut = [t is not None and len(t) == length for t in tensors]
     starts = range(0, length, rows)
     threads, set_own_threads = torch.get_num_threads(), _set_own_threads()
-    workers = min(threads, WORKERS, len(starts)) if set_own_threads else 1
+    alone = set_own_threads is None or tensors[0].numel() < SHARED
+    workers = 1 if alone else min(threads, WORKERS, len(starts))
     sums, turn, inference = [0.0] * len(starts), count(), torch.is_inference_mode_enabled()
 
     def work(buffers: list[Tensor]) -> None:
@@ -71,24 +73,3 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(work, buffers))
     return sum(sums)
-
-
-def log1p_sum(e: Tensor, buffer: Tensor) -> float:
-    """The sum of log(1 + e), of fewer logarithms: (1 + e) (1 + f) is 1 + (e + f + e f), and nothing is rounded off."""
-    n, rest = len(e), None
-    while n > PIECE // 16 and n % 2 == 0:
-        n //= 2
-        if rest is None:
-            rest = torch.addcmul(e[n:], e[n:], e[:n], out=buffer[:n]).add_(e[:n])
-        else:
-            low, high = rest[:n], rest[n:]
-            rest = low.add_(high.addcmul_(high, low))
-    return (buffer.copy_(e) if rest is None else rest).log1p_().sum().item()
-
-
-def store(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """x times factor, through x where `out` is of another dtype: torch would allocate."""
-    if out.dtype is SINGLE:
-        torch.mul(x, factor, out=out)
-    else:
-        out.copy_(x.mul_(factor))

@@ -37,14 +37,12 @@ def _cast(loss: Tensor, dtype: torch.dtype) -> Tensor:
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 
-def _reduce(loss: Tensor, reduction: int, dtype: torch.dtype, batch: int = 1) -> Tensor:
+def _reduce(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
     if reduction == MEAN:
         loss = loss.mean()
     elif reduction == SUM:
         loss = loss.sum()
-    elif reduction == BATCHMEAN:
-        loss = loss.sum() / batch
-    return loss if loss.dtype is dtype else loss.to(dtype)
+    return _cast(loss, dtype)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -189,13 +187,19 @@ def kl_div_with_logits(
     """T^2 p (log p - log q), p = softmax(target / T) and q = softmax(x / T); `reverse` swaps p and q."""
     batch = x.shape[0] if x.dim() else 1
     x, target = _widen(dtype, x, target)
-    log_q, log_p = torch.log_softmax(x / temperature, dim), torch.log_softmax(target / temperature, dim)
+    if temperature != 1.0:
+        x, target = x / temperature, target / temperature
+    log_q, log_p = torch.log_softmax(x, dim), torch.log_softmax(target, dim)
     if reverse:
         log_q, log_p = log_p, log_q
     p = log_p.exp()
     # a class that p gives no probability adds nothing, even where log q is -inf as well
-    gap = torch.where(p == 0.0, 0.0, log_p - log_q)
-    return _reduce(temperature * temperature * p * gap, reduction, dtype, batch)
+    loss = p * (log_p - log_q).masked_fill(p == 0.0, 0.0)
+    if reduction != NONE:
+        loss = loss.mean() if reduction == MEAN else loss.sum()
+    if temperature != 1.0:
+        loss = temperature * temperature * loss
+    return _cast(loss / batch if reduction == BATCHMEAN else loss, dtype)
 
 
 def entropy(p: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -208,5 +212,5 @@ def entropy_with_logits(x: Tensor, dim: int, reduction: int, place: int, dtype: 
     """The entropy of softmax(x) over `dim`."""
     (x,) = _widen(dtype, x)
     log_p = torch.log_softmax(x, dim)
-    p = log_p.exp()
-    return _reduce(-(p * torch.where(p == 0.0, 0.0, log_p)).sum(dim), reduction, dtype)
+    # what is clamped has p = 0 in every dtype, and adds 0
+    return _reduce(-(log_p.exp() * log_p.clamp_min(-1e4)).sum(dim), reduction, dtype)

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import blocked, pieces
+from fusedloss import blocked, formulas, pieces
+from fusedloss.testing import _kl_logits_torch
 
 from . import oracle
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked)]
+REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked, formulas)]
 SIZES = {"fits": (12, 40), "ragged": (37, 40), "wide": (5, 129)}  # pieces of 96 elements, or of whole rows
 
 
@@ -29,8 +30,8 @@ def small(monkeypatch):
     """Pieces for small tensors, and a list that tells whether they were used."""
     used, run = [], blocked.walk
     for module, name, value in (
-        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (blocked, "LARGE", 1),
-        (blocked, "CLASSES", 2),
+        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (pieces, "SHARED", 1),
+        (blocked, "LARGE", dict.fromkeys(blocked.LARGE, 1)), (blocked, "CLASSES", 2), (blocked, "KEPT", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(blocked, "walk", lambda *arguments: used.append(1) or run(*arguments))
@@ -68,16 +69,22 @@ def make(name, shape, dtype):
         "cross_entropy probabilities": ("cross_entropy", (x, probabilities, w), dict(label_smoothing=0.1)),
         "kl_div": ("kl_div", (log_p, probabilities), {}),
         "kl_div log_target": ("kl_div", (log_p, log_q), dict(log_target=True)),
+        "kl_div_with_logits": ("kl_div_with_logits", (x, 3 * rand(shape, dtype, seed=2)), {}),
+        "kl_div_with_logits reverse": (
+            "kl_div_with_logits", (x, 3 * rand(shape, dtype, seed=2)), dict(temperature=2.0, reverse=True),
+        ),
     }[name]  # fmt: skip
     if function == "cross_entropy" and "ignore_index" in keywords:
         labels[2] = 7
-    return getattr(fusedloss, function), getattr(F, function), getattr(oracle, function), tensors, keywords
+    by_torch = getattr(F, function, _kl_logits_torch)
+    return getattr(fusedloss, function), by_torch, getattr(oracle, function), tensors, keywords
 
 
 LOSSES = (
     "bce_with_logits", "bce_with_logits hard", "bce_with_logits weight", "bce_with_logits weights",
     "bce_with_logits smooth", "bce", "bce weight", "cross_entropy", "cross_entropy weight", "cross_entropy smooth",
     "cross_entropy weight smooth", "cross_entropy probabilities", "kl_div", "kl_div log_target",
+    "kl_div_with_logits", "kl_div_with_logits reverse",
 )  # fmt: skip
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -93,6 +100,8 @@ def leaf(tensors):
 def test_values_and_gradients(small, name, reduction, size, dtype):
     if reduction == "batchmean" and not name.startswith("kl_div"):
         reduction = "mean"
+    if reduction == "none" and name.startswith("kl_div_with_logits"):
+        pytest.skip("the reference computes it")
     ours, torchs, exact, tensors, keywords = make(name, SIZES[size], dtype)
     keywords = dict(keywords, reduction=reduction)
     loss, upstream, (dx,) = oracle.value_and_gradients(ours, tensors, keywords, 1)
@@ -136,6 +145,8 @@ def test_backward_twice(name, dtype):
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_double_backward(small, name, reduction):
+    if reduction == "none" and name.startswith("kl_div_with_logits"):
+        pytest.skip("the reference computes it")
     ours, _, exact, tensors, keywords = make(name, (6, 40), torch.float32)
     keywords = dict(keywords, reduction=reduction)
 
@@ -267,6 +278,13 @@ class TestElements:
         ours, torchs = (f.kl_div(x, target, log_target=log_target, reduction="none") for f in (fusedloss, F))
         torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e-41])
+    def test_kl_div_of_odd_targets(self, value):
+        x, t = rand((37, 40)).log_softmax(1), rand((37, 40), seed=1).softmax(1)
+        t[30, 7] = value
+        ours, torchs = (f.kl_div(x, t, reduction="none") for f in (fusedloss, F))
+        torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-6)
+
     def test_mixed_dtypes(self, small):
         x, t = rand((37, 40), torch.bfloat16), rand((37, 40)).sigmoid()
         loss = fusedloss.binary_cross_entropy_with_logits(x, t)
@@ -283,6 +301,45 @@ class TestElements:
             oracle.assert_close(loss, oracle.binary_cross_entropy_with_logits(x.detach(), t))
             assert torch.autograd.grad(loss, x)[0].dtype == torch.bfloat16
         assert len(small) == 2
+
+
+class TestTwoSetsOfLogits:
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("which", ["input", "target", "both"])
+    def test_classes_without_probability(self, small, reverse, which):
+        """A class of -inf in the first adds nothing, whatever the second has; in the second alone it costs inf."""
+        logits = [3 * rand((37, 40)), 3 * rand((37, 40), seed=1)]
+        for tensor, masked in zip(logits, (which != "target", which != "input"), strict=True):
+            if masked:
+                tensor[5, 3:9] = -float("inf")
+        x = logits[0].requires_grad_()
+        loss = fusedloss.kl_div_with_logits(x, logits[1], reverse=reverse)
+        (dx,) = torch.autograd.grad(loss, x)
+        with fusedloss.use("reference"):
+            expected = fusedloss.kl_div_with_logits(x.double(), logits[1].double(), reverse=reverse)
+        assert small
+        torch.testing.assert_close(loss.double(), expected.detach())
+        first, second = (logits if reverse else logits[::-1])
+        assert loss.isinf() == bool((second.isinf() & ~first.isinf()).any())
+        if not loss.isinf():
+            (exact,) = torch.autograd.grad(expected, x)
+            torch.testing.assert_close(dx.double(), exact.nan_to_num(0.0).double(), rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_equal_logits_and_an_offset(self, reverse):
+        x = (3 * rand((37, 40))).requires_grad_()
+        loss = fusedloss.kl_div_with_logits(x, x.detach().clone(), reverse=reverse)
+        assert loss == 0.0 and torch.autograd.grad(loss, x)[0].abs().max() < 1e-9
+        y = 3 * rand((37, 40), seed=1)
+        moved = fusedloss.kl_div_with_logits(x + 1024.0, y - 512.0, reverse=reverse)
+        exact = oracle.kl_div_with_logits((x.detach() + 1024.0), y - 512.0, reverse=reverse)
+        torch.testing.assert_close(moved.detach().double(), exact, rtol=1e-6, atol=0)
+
+    def test_a_row_of_nan_is_nan(self):
+        x = rand((37, 40))
+        x[5, 5] = float("nan")
+        loss = fusedloss.kl_div_with_logits(x.requires_grad_(), rand((37, 40), seed=1))
+        assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().any(1).nonzero().flatten().tolist() == [5]
 
 
 X, P, LABELS, W = rand((37, 40)), rand((37, 40), seed=1).sigmoid(), torch.arange(37), torch.ones(40)
@@ -302,6 +359,8 @@ ODD = {
     "subclass": lambda: fusedloss.binary_cross_entropy_with_logits(X.as_subclass(Other), P.as_subclass(Other)),
     "meta": lambda: fusedloss.cross_entropy(X.to("meta"), LABELS.to("meta")),
     "other loss": lambda: fusedloss.nll_loss(X, LABELS),
+    "other dimension": lambda: fusedloss.kl_div_with_logits(X, P, dim=0),
+    "unreduced": lambda: fusedloss.kl_div_with_logits(X, P, reduction="none"),
     "functorch": lambda: torch.func.grad(lambda x: fusedloss.cross_entropy(x, LABELS))(X),
     "vmap": lambda: torch.func.vmap(fusedloss.cross_entropy)(X[None], LABELS[None]),
     "forward AD": lambda: torch.func.jvp(lambda x: fusedloss.cross_entropy(x, LABELS), (X,), (X,)),
@@ -336,11 +395,23 @@ def test_fake_tensors_and_modes_are_the_references(small):
 
 
 def test_small_calls_do_not_enter(small, monkeypatch):
-    monkeypatch.setattr(blocked, "LARGE", X.numel() + 1)
+    monkeypatch.setattr(blocked, "LARGE", dict.fromkeys(blocked.LARGE, X.numel() + 1))
     monkeypatch.setattr(blocked, "suits", None)  # would raise
     fusedloss.cross_entropy(X, LABELS)
+    fusedloss.binary_cross_entropy_with_logits(X, P)
     monkeypatch.undo()
-    assert not small and blocked.LARGE * 4 <= 16 << 20
+    assert not small and max(blocked.LARGE.values()) * 4 <= 16 << 20
+
+
+def test_threads_are_started_for_large_tensors_alone(small, monkeypatch):
+    monkeypatch.setattr(pieces, "ThreadPoolExecutor", None)  # would raise
+    monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
+    oracle.assert_close(fusedloss.kl_div_with_logits(X, P), oracle.kl_div_with_logits(X, P))
+    monkeypatch.setattr(pieces, "SHARED", X.numel())
+    if torch.get_num_threads() > 1 and pieces._set_own_threads() is not None:
+        with pytest.raises(TypeError):
+            fusedloss.kl_div_with_logits(X, P)
+    assert small
 
 
 def test_a_batch_of_gradients(small):
@@ -385,7 +456,7 @@ class TestFullSize:
         threads of it have stays as it is."""
         ours, _, _, tensors, keywords = make(name, (256, 32000), torch.float32)
         seen, before, results = set(), torch.get_num_threads(), []
-        for function in ("softmax", "log_softmax", "xlogy", "abs", "sigmoid"):
+        for function in ("softmax", "log_softmax", "log", "abs", "clamp_min", "exp", "exp2"):
             real = getattr(torch, function)
 
             def record(*arguments, real=real, **others):
