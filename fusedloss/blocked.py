@@ -55,7 +55,7 @@ def _cross_entropy(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: b
         sums = torch.empty_like(rows) if smoothing else None
         scales = [total * share, spread * share if smoothing else None] if grad else [None, None]
         tensors = [x, y, *scales, w, rows, sums, dx]
-        walk(formulas.labels(want, bool(smoothing)), piece, tensors, 2)
+        walk(formulas.labels(want, bool(smoothing), x.dtype in HALF), piece, tensors, 2)
         logs = want and (not grad or bool(smoothing))
         if dx is not None:
             p = rows.exp() if logs else rows

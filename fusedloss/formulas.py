@@ -132,10 +132,13 @@ def kl_div(want: bool, log_target: bool) -> Callable:
     return formula
 
 
-def labels(want: bool, smooth: bool) -> Callable:
-    """log p of the label (or p itself, where that is enough), the sum of w log p, and total p - spread w."""
+def labels(want: bool, smooth: bool, converted: bool) -> Callable:
+    """log p of the label (or p itself, where that is enough), the sum of w log p, and total p - spread w. What was
+    `converted` is the piece's own, and may be written over."""
 
     def formula(x, y, total, spread, w, picked, sums, dx, p, a):
+        if converted and not smooth:
+            p = x  # which is read once
         if want and (smooth or dx is None):
             torch.gather(torch.log_softmax(x, 1, out=p), 1, y, out=picked)
             if smooth:

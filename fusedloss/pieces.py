@@ -8,6 +8,7 @@ own, and the next one when it is done; of a tensor that is soon done, all thread
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,6 +22,8 @@ PIECE = 1 << 18  # elements
 SHARED = 1 << 23  # elements from which threads have pieces of their own; they are started for each walk
 WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
+KEPT = 2  # workers' buffers that are kept from walk to walk: pages that malloc gave back cost as much as the arithmetic
+_kept: list[Tensor] = []
 
 
 @cache
@@ -31,6 +34,18 @@ def _set_own_threads() -> Callable | None:
         return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
     except (AttributeError, OSError):
         return None
+
+
+def _taken(size: int) -> Tensor:
+    """Memory for a worker's buffers: what an earlier walk left, where it is enough."""
+    try:
+        memory = _kept.pop()
+    except IndexError:
+        memory = None
+    if memory is None or len(memory) < size:
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=SINGLE, device="cpu")
+    return memory
 
 
 def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float:
@@ -63,13 +78,13 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
                     given[i] = buffer.copy_(given[i])
                 sums[k] = formula(*given, *own[:spares])
 
-    buffers = [
-        [torch.empty((rows, *width), dtype=SINGLE, device="cpu") for _ in range(spares + len(convert))]
-        for _ in range(workers)
-    ]
+    shape = spares + len(convert), rows, *width
+    memories = [_taken(math.prod(shape)) for _ in range(workers)]
+    own = [list(memory[: math.prod(shape)].view(shape)) for memory in memories]
     if workers == 1:
-        work(*buffers)
+        work(*own)
     else:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, buffers))
+            list(pool.map(work, own))
+    _kept.extend(memory for memory in memories[: max(0, KEPT - len(_kept))] if len(memory) <= 8 * PIECE)
     return sum(sums)

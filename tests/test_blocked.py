@@ -303,6 +303,37 @@ class TestElements:
         assert len(small) == 2
 
 
+class TestMemory:
+    def test_buffers_are_kept_and_used_again(self, monkeypatch):
+        monkeypatch.setattr(pieces, "_kept", [])
+        monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
+        with torch.inference_mode():  # such tensors could not be written to outside
+            first = fusedloss.binary_cross_entropy_with_logits(X, P)
+        (kept,) = pieces._kept
+        assert torch.equal(fusedloss.binary_cross_entropy_with_logits(X, P), first)
+        assert len(pieces._kept) == 1 and pieces._kept[0] is kept and not kept.is_inference()
+        fusedloss.binary_cross_entropy_with_logits(X, P, W, pos_weight=W)
+        assert len(pieces._kept) == 1
+
+    def test_no_more_is_kept_than_two_workers_need(self, monkeypatch):
+        monkeypatch.setattr(pieces, "_kept", [])
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        fusedloss.binary_cross_entropy_with_logits(X, P)
+        assert len(pieces._kept) <= pieces.KEPT
+        pieces._kept.clear()
+        fusedloss.cross_entropy(rand((4, 8 * 96 + 1)), torch.arange(4))  # rows wider than a piece
+        assert not pieces._kept
+
+    def test_calls_at_once(self, monkeypatch):
+        """Each has buffers of its own: 400 calls in four threads, every loss right."""
+        monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
+        shifts = [float(k % 7) for k in range(400)]
+        expected = [fusedloss.binary_cross_entropy_with_logits(X + s, P) for s in shifts[:7]]
+        with ThreadPoolExecutor(4) as pool:
+            losses = list(pool.map(lambda s: fusedloss.binary_cross_entropy_with_logits(X + s, P), shifts))
+        assert all(torch.equal(loss, expected[k % 7]) for k, loss in enumerate(losses))
+
+
 class TestTwoSetsOfLogits:
     @pytest.mark.parametrize("reverse", [False, True])
     @pytest.mark.parametrize("which", ["input", "target", "both"])
@@ -440,6 +471,7 @@ class TestFullSize:
         one thread: all workers at once, each with what the one here adds to what it found, stay under 64 MiB."""
         workers = pieces.WORKERS
         monkeypatch.setattr(pieces, "WORKERS", 1)
+        monkeypatch.setattr(pieces, "_kept", [])
         ours, _, _, tensors, keywords = make(name, (1024, 32000), dtype)
         x, *rest = leaf(tensors)
         with torch.profiler.profile(profile_memory=True) as profile:
