@@ -77,7 +77,7 @@ def passes(call: Callable, given: Inputs) -> dict[str, Callable]:
 def right(call: Callable, by_torch: Callable, given: Inputs) -> bool:
     """Loss and gradient of a few rows against float64. BCE's formula in torch cancels in tails that these lack."""
     few = [t[:10].repeat(-(-(1 << 23) // t[:10].numel()), *[1] * (t.dim() - 1)) for t in given[:1]]
-    few += [t[:10].repeat(len(few[0]) // 10, *[1] * (t.dim() - 1)) for t in given[1:]]
+    few += [t[:10].repeat(len(few[0]) // len(t[:10]), *[1] * (t.dim() - 1)) for t in given[1:]]
     ours = passes(call, tuple(few))["and gradient"]()
     exact = passes(by_torch, tuple(t.double() if t.is_floating_point() else t for t in few))["and gradient"]()
     eps = 4 * torch.finfo(few[0].dtype).eps

@@ -21,6 +21,7 @@ LARGE = {  # a loss, and the elements of the input below which the reference is 
     "BCE": 1 << 15,
     "BCEWithLogits": 1 << 17,
     "CrossEntropy": 1 << 22,
+    "EntropyWithLogits": 1 << 19,
     "KLDiv": 1 << 17,
     "KLDivWithLogits": 1 << 17,
 }
@@ -133,10 +134,27 @@ def _kl_div_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, gr
     return torch.tensor(total * factor, dtype=dtype, device="cpu") if want else None, dx
 
 
+def _entropy_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+    _, reduction, _, dtype = others
+    classes = x.shape[-1]
+    dx = torch.empty_like(x) if grad else None
+    loss = torch.empty((x.numel() // classes, 1), dtype=SINGLE, device="cpu")
+    g = upstream.to(SINGLE).reshape(-1, 1) / (len(loss) if reduction == MEAN else 1)
+    rows = [x.view(-1, classes), g.expand_as(loss), loss if want else None]
+    piece = max(1, PIECE // classes)
+    walk(formulas.entropy_with_logits, piece, [*rows, None if dx is None else dx.view(-1, classes)], 3)
+    if not want:
+        return None, dx
+    if reduction == NONE:
+        return loss.view(x.shape[:-1]).to(dtype), dx
+    return (loss.sum(dtype=torch.float64) / (len(loss) if reduction == MEAN else 1)).to(dtype), dx
+
+
 LOSSES = {  # name: the function, and where the reduction is among its arguments
     "BCE": (_bce, -2),
     "BCEWithLogits": (_bce_with_logits, -3),
     "CrossEntropy": (_cross_entropy, -3),
+    "EntropyWithLogits": (_entropy_with_logits, -3),
     "KLDiv": (_kl_div, -2),
     "KLDivWithLogits": (_kl_div_with_logits, -3),
 }
@@ -185,6 +203,8 @@ def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
         if target.dtype is torch.int64:
             low, high = target.where(target != others[2], 0).aminmax()
             return bool(low >= 0 and high < x.shape[1])
+    elif name == "EntropyWithLogits":
+        return bool(target == x.dim() - 1)  # the dimension stands first
     elif name == "KLDivWithLogits":
         return others[1] == x.dim() - 1 and target.dtype in DTYPES
     elif name == "KLDiv" and others[1]:

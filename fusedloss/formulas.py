@@ -132,6 +132,18 @@ def kl_div(want: bool, log_target: bool) -> Callable:
     return formula
 
 
+def entropy_with_logits(x, g, loss, dx, u, w, a):
+    """log s - m with u = x - max, s = sum e^u and m = sum e^u u / s; the gradient is -e^u (u - m) / s."""
+    torch.sub(x, x.amax(1, keepdim=True), out=u)
+    s = torch.exp(u, out=w).sum(1, keepdim=True)
+    mean = torch.mul(u.clamp_min_(-1e4), w, out=a).sum(1, keepdim=True).div_(s)  # of -inf: adds 0
+    if loss is not None:
+        torch.sub(torch.log(s), mean, out=loss)
+    if dx is not None:
+        store(u.sub_(mean).mul_(w), (g / s).neg_(), dx)
+    return 0.0
+
+
 def labels(want: bool, smooth: bool, converted: bool) -> Callable:
     """log p of the label (or p itself, where that is enough), the sum of w log p, and total p - spread w. What was
     `converted` is the piece's own, and may be written over."""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 from fusedloss import blocked, formulas, pieces
-from fusedloss.testing import _kl_logits_torch
+from fusedloss.testing import _entropy_logits_torch, _kl_logits_torch
 
 from . import oracle
 
@@ -69,6 +69,7 @@ def make(name, shape, dtype):
         "cross_entropy probabilities": ("cross_entropy", (x, probabilities, w), dict(label_smoothing=0.1)),
         "kl_div": ("kl_div", (log_p, probabilities), {}),
         "kl_div log_target": ("kl_div", (log_p, log_q), dict(log_target=True)),
+        "entropy_with_logits": ("entropy_with_logits", (x,), dict(reduction="mean")),
         "kl_div_with_logits": ("kl_div_with_logits", (x, 3 * rand(shape, dtype, seed=2)), {}),
         "kl_div_with_logits reverse": (
             "kl_div_with_logits", (x, 3 * rand(shape, dtype, seed=2)), dict(temperature=2.0, reverse=True),
@@ -76,7 +77,7 @@ def make(name, shape, dtype):
     }[name]  # fmt: skip
     if function == "cross_entropy" and "ignore_index" in keywords:
         labels[2] = 7
-    by_torch = getattr(F, function, _kl_logits_torch)
+    by_torch = getattr(F, function, _kl_logits_torch if function.startswith("kl") else _entropy_logits_torch)
     return getattr(fusedloss, function), by_torch, getattr(oracle, function), tensors, keywords
 
 
@@ -84,7 +85,7 @@ LOSSES = (
     "bce_with_logits", "bce_with_logits hard", "bce_with_logits weight", "bce_with_logits weights",
     "bce_with_logits smooth", "bce", "bce weight", "cross_entropy", "cross_entropy weight", "cross_entropy smooth",
     "cross_entropy weight smooth", "cross_entropy probabilities", "kl_div", "kl_div log_target",
-    "kl_div_with_logits", "kl_div_with_logits reverse",
+    "kl_div_with_logits", "kl_div_with_logits reverse", "entropy_with_logits",
 )  # fmt: skip
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -332,6 +333,23 @@ class TestMemory:
         with ThreadPoolExecutor(4) as pool:
             losses = list(pool.map(lambda s: fusedloss.binary_cross_entropy_with_logits(X + s, P), shifts))
         assert all(torch.equal(loss, expected[k % 7]) for k, loss in enumerate(losses))
+
+
+class TestEntropy:
+    def test_classes_without_probability(self, small):
+        x = 3 * rand((37, 40))
+        x[5, 3:9], x[6, 1:] = -float("inf"), -float("inf")
+        (dx,) = torch.autograd.grad(fusedloss.entropy_with_logits(x.requires_grad_()).sum(), x)
+        loss = fusedloss.entropy_with_logits(x)
+        exact = oracle.entropy_with_logits(x.detach().clamp_min(-1e4))
+        torch.testing.assert_close(loss.detach().double(), exact, rtol=1e-6, atol=1e-6)
+        assert small and loss[6] == 0.0 and dx.isfinite().all() and not dx[5, 3:9].any() and not dx[6].any()
+
+    def test_more_dimensions(self, small):
+        x = rand((4, 9, 40), torch.bfloat16)
+        loss = fusedloss.entropy_with_logits(x, dtype=torch.float32)
+        assert small and loss.shape == (4, 9)
+        oracle.assert_close(loss, oracle.entropy_with_logits(x))
 
 
 class TestTwoSetsOfLogits:
