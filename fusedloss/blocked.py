@@ -18,19 +18,18 @@ from .pieces import PIECE, SINGLE, walk
 from .reference import BATCHMEAN, HALF, MEAN, NONE
 
 LARGE = {  # a loss, and the elements of the input below which the reference is as fast
-    "BCE": 1 << 15,
-    "BCEWithLogits": 1 << 17,
+    "BCE": 1 << 20,
+    "BCEWithLogits": 1 << 20,
     "CrossEntropy": 1 << 22,
-    "EntropyWithLogits": 1 << 19,
-    "KLDiv": 1 << 17,
-    "KLDivWithLogits": 1 << 17,
+    "EntropyWithLogits": 1 << 21,
+    "KLDiv": 1 << 22,
+    "KLDivWithLogits": 1 << 20,
 }
 NEVER = 1 << 62
 KEPT = 1 << 25  # bytes of a tensor whose memory malloc keeps: where torch does little else, it is as fast up to there
 CLASSES = 8192  # of a row of cross entropy: as LARGE
 RARE = 1e-30  # of a smaller probability digits may be lost
 DTYPES = HALF | {SINGLE}
-
 
 Results = tuple[Tensor | None, Tensor | None]  # the loss and its gradient, as far as they are wanted
 
@@ -128,7 +127,7 @@ def _kl_div_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, gr
     dx = torch.empty_like(x) if grad else None
     classes = x.shape[-1]
     rows = [None if t is None else t.view(-1, classes) for t in (x, target, dx)]
-    formula = formulas.kl_div_with_logits(want, reverse, temperature)
+    formula = formulas.kl_div_with_logits(want, reverse, float(temperature))
     upstream = (upstream.to(SINGLE) * factor).reshape(1)
     total = walk(formula, max(1, PIECE // classes), [*rows[:2], upstream, rows[2]], 3)
     return torch.tensor(total * factor, dtype=dtype, device="cpu") if want else None, dx
@@ -198,7 +197,7 @@ def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
         return False
     if name == "CrossEntropy":
         z_loss, softcap = others[4:6]
-        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.nbytes < KEPT:
+        if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.nbytes <= KEPT:
             return False
         if target.dtype is torch.int64:
             low, high = target.where(target != others[2], 0).aminmax()

@@ -113,7 +113,7 @@ def bce(want: bool) -> Callable:
 
 
 def kl_div(want: bool, log_target: bool) -> Callable:
-    """t (log t - x), or exp(t) (t - x); the gradient is -t, or -exp(t)."""
+    """t log t - t x, or exp(t) (t - x); the gradient is -t, or -exp(t)."""
 
     def formula(x, t, w, p, g, out, dx, a, b):
         loss, probability = 0.0, t
@@ -122,7 +122,7 @@ def kl_div(want: bool, log_target: bool) -> Callable:
             if want:
                 loss = _finish(torch.sub(t, x, out=a).mul_(b), None, out)
         elif want and t.amin() >= 0.0:
-            loss = _finish(torch.clamp_min(t, NORMAL, out=a).log_().sub_(x).mul_(t), None, out)
+            loss = _finish(torch.clamp_min(t, NORMAL, out=a).log_().mul_(t).addcmul_(t, x, value=-1.0), None, out)
         elif want:
             loss = _finish(torch.xlogy(t, t, out=a).addcmul_(t, x, value=-1.0), None, out)
         if dx is not None:
@@ -187,18 +187,20 @@ def probabilities(smoothing: float) -> Callable:
 
 
 def kl_div_with_logits(want: bool, reverse: bool, temperature: float) -> Callable:
-    """T^2 KL(first || second) by u = (y - max) log2(e) / T, w = 2^u and s = sum w of either's logits y: with the mean
-    a = sum w1 (u1 - u2) / s1 it is a ln 2 + log(s2 / s1). Its gradient is T w1 / s1 (u1 - u2 - a) ln 2 in the first,
+    """T^2 KL(first || second) by u = (y - max) / T, w = e^u and s = sum w of either's logits y: with the mean
+    a = sum w1 (u1 - u2) / s1 it is a + log(s2 / s1). Its gradient is T w1 / s1 (u1 - u2 - a) in the first,
     T (w2 / s2 - w1 / s1) in the second."""
-    scale, ln2 = math.log2(math.e) / temperature, math.log(2.0)
+
+    def shifted(y, out):
+        torch.sub(y, y.amax(1, keepdim=True), out=out)
+        return out if temperature == 1.0 else out.mul_(1.0 / temperature)
 
     def formula(x, t, g, dx, u1, u2, w1):
         first, second, loss, mean = *((x, t) if reverse else (t, x)), 0.0, None
-        torch.sub(first, first.amax(1, keepdim=True), out=u1).mul_(scale)
-        torch.sub(second, second.amax(1, keepdim=True), out=u2).mul_(scale)
-        s1 = torch.exp2(u1, out=w1).sum(1, keepdim=True)
-        gap = u1.sub_(u2)
-        s2 = (w2 := u2.exp2_()).sum(1, keepdim=True)
+        s1 = torch.exp(shifted(first, u1), out=w1).sum(1, keepdim=True)
+        shifted(second, u2)
+        gap = u1.sub_(u2) if want or reverse else u1
+        s2 = (w2 := u2.exp_()).sum(1, keepdim=True)
         if want or reverse:
             product = torch.mul(gap, w1, out=w2 if reverse else gap)
             mean = product.sum(1, keepdim=True).div_(s1)
@@ -206,12 +208,13 @@ def kl_div_with_logits(want: bool, reverse: bool, temperature: float) -> Callabl
                 none = w1 == 0.0
                 gap.masked_fill_(none, 0.0)
                 mean = product.masked_fill_(none, 0.0).sum(1, keepdim=True).div_(s1)
-            divergence = mean.mul(ln2).add_(s2.div(s1).log_()).clamp_min_(0.0)
+        if want:
+            divergence = s2.div(s1).log_().add_(mean).clamp_min_(0.0)
             loss = temperature * temperature * divergence.sum(dtype=torch.float64).item()
         if dx is not None:
             k1, k2 = temperature * g / s1, temperature * g / s2
             if reverse:
-                store(gap.sub_(mean).mul_(w1), k1.mul_(ln2), dx)
+                store(gap.sub_(mean).mul_(w1), k1, dx)
             elif dx.dtype is SINGLE:
                 torch.addcmul(w2.mul_(k2), w1, k1, value=-1.0, out=dx)
             else:

@@ -257,7 +257,7 @@ def cross_entropy(
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     dense = target if isinstance(target, Tensor) and target.is_floating_point() else None
-    if softcap is None and not (z_loss or return_z_loss or inplace or grad_in_forward or dtype) and small(
+    if softcap is dtype is None and not (z_loss or return_z_loss or inplace or grad_in_forward) and small(
         "CrossEntropy", input, weight, dense
     ):
         return reference.cross_entropy(

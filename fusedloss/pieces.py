@@ -2,7 +2,7 @@
 
 Eager torch walks over the whole tensor once an operation. Its threads wait for each other after every one, which
 costs many small operations all they gain as soon as another process takes a core. Here each thread has pieces of its
-own, and the next one when it is done; of a tensor that is soon done, all threads share each operation on a piece.
+own, and the next one when it is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 18  # elements
-SHARED = 1 << 23  # elements from which threads have pieces of their own; they are started for each walk
 WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
 KEPT = 2  # workers' buffers that are kept from walk to walk: pages that malloc gave back cost as much as the arithmetic
@@ -54,12 +53,12 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
     The first tensor sets how many rows there are; a shorter one serves every piece. The first two are converted.
     """
     length, width = tensors[0].shape[0], tensors[0].shape[1:]
+    rows = min(rows, length)
     convert = [i for i, t in enumerate(tensors[:2]) if t.dtype in (torch.float16, torch.bfloat16)]
     cut = [t is not None and len(t) == length for t in tensors]
     starts = range(0, length, rows)
     threads, set_own_threads = torch.get_num_threads(), _set_own_threads()
-    alone = set_own_threads is None or tensors[0].numel() < SHARED
-    workers = 1 if alone else min(threads, WORKERS, len(starts))
+    workers = min(threads, WORKERS, len(starts)) if set_own_threads else 1
     sums, turn, inference = [0.0] * len(starts), count(), torch.is_inference_mode_enabled()
 
     def work(buffers: list[Tensor]) -> None:

@@ -195,11 +195,11 @@ def kl_div_with_logits(
     p = log_p.exp()
     # a class that p gives no probability adds nothing, even where log q is -inf as well
     loss = p * (log_p - log_q).masked_fill(p == 0.0, 0.0)
-    if reduction != NONE:
-        loss = loss.mean() if reduction == MEAN else loss.sum()
     if temperature != 1.0:
         loss = temperature * temperature * loss
-    return _cast(loss / batch if reduction == BATCHMEAN else loss, dtype)
+    if reduction == BATCHMEAN:
+        return _cast(loss.sum() / batch, dtype)
+    return _reduce(loss, reduction, dtype)
 
 
 def entropy(p: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:

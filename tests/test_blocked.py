@@ -30,7 +30,7 @@ def small(monkeypatch):
     """Pieces for small tensors, and a list that tells whether they were used."""
     used, run = [], blocked.walk
     for module, name, value in (
-        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (pieces, "SHARED", 1),
+        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96),
         (blocked, "LARGE", dict.fromkeys(blocked.LARGE, 1)), (blocked, "CLASSES", 2), (blocked, "KEPT", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -280,9 +280,10 @@ class TestElements:
         torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e-41])
-    def test_kl_div_of_odd_targets(self, value):
+    @pytest.mark.parametrize("at", [-1.0, 0.0, 1.0])
+    def test_kl_div_of_odd_targets(self, value, at):
         x, t = rand((37, 40)).log_softmax(1), rand((37, 40), seed=1).softmax(1)
-        t[30, 7] = value
+        t[30, 7], x[30, 7] = value, at
         ours, torchs = (f.kl_div(x, t, reduction="none") for f in (fusedloss, F))
         torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-6)
 
@@ -307,7 +308,7 @@ class TestElements:
 class TestMemory:
     def test_buffers_are_kept_and_used_again(self, monkeypatch):
         monkeypatch.setattr(pieces, "_kept", [])
-        monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
+        monkeypatch.setattr(pieces, "WORKERS", 1)
         with torch.inference_mode():  # such tensors could not be written to outside
             first = fusedloss.binary_cross_entropy_with_logits(X, P)
         (kept,) = pieces._kept
@@ -327,7 +328,7 @@ class TestMemory:
 
     def test_calls_at_once(self, monkeypatch):
         """Each has buffers of its own: 400 calls in four threads, every loss right."""
-        monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
+        monkeypatch.setattr(pieces, "WORKERS", 1)
         shifts = [float(k % 7) for k in range(400)]
         expected = [fusedloss.binary_cross_entropy_with_logits(X + s, P) for s in shifts[:7]]
         with ThreadPoolExecutor(4) as pool:
@@ -373,6 +374,25 @@ class TestTwoSetsOfLogits:
         if not loss.isinf():
             (exact,) = torch.autograd.grad(expected, x)
             torch.testing.assert_close(dx.double(), exact.nan_to_num(0.0).double(), rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("which", ["input", "target", "both"])
+    def test_masks_of_the_least_number(self, reverse, which):
+        logits = [3 * rand((37, 40)), 3 * rand((37, 40), seed=1)]
+        for tensor, masked in zip(logits, (which != "target", which != "input"), strict=True):
+            if masked:
+                tensor[5, 3:9] = torch.finfo(torch.float32).min
+        x = logits[0].requires_grad_()
+        (dx,) = torch.autograd.grad(loss := fusedloss.kl_div_with_logits(x, logits[1], reverse=reverse), x)
+        exact = oracle.kl_div_with_logits(x.detach(), logits[1], reverse=reverse)
+        torch.testing.assert_close(loss.detach().double(), exact, rtol=1e-5, atol=0)
+        assert dx.isfinite().all()
+
+    def test_close_logits_and_a_temperature_in_a_tensor(self, recwarn):
+        x = 3 * rand((37, 40))
+        y = x + 1e-5 * rand((37, 40), seed=1)
+        loss = fusedloss.kl_div_with_logits(x.requires_grad_(), y, temperature=torch.tensor(2.0))
+        assert 0.0 <= loss < 1e-6 and not recwarn.list
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_equal_logits_and_an_offset(self, reverse):
@@ -452,15 +472,14 @@ def test_small_calls_do_not_enter(small, monkeypatch):
     assert not small and max(blocked.LARGE.values()) * 4 <= 16 << 20
 
 
-def test_threads_are_started_for_large_tensors_alone(small, monkeypatch):
-    monkeypatch.setattr(pieces, "ThreadPoolExecutor", None)  # would raise
-    monkeypatch.setattr(pieces, "SHARED", X.numel() + 1)
-    oracle.assert_close(fusedloss.kl_div_with_logits(X, P), oracle.kl_div_with_logits(X, P))
-    monkeypatch.setattr(pieces, "SHARED", X.numel())
-    if torch.get_num_threads() > 1 and pieces._set_own_threads() is not None:
-        with pytest.raises(TypeError):
-            fusedloss.kl_div_with_logits(X, P)
-    assert small
+def test_memory_that_malloc_keeps(small, monkeypatch):
+    """Up to there torch's kl_div with a log target, and its cross entropy, are as fast."""
+    for kept, used in ((X.nbytes, False), (X.nbytes - 4, True)):
+        small.clear()
+        monkeypatch.setattr(blocked, "KEPT", kept)
+        fusedloss.kl_div(X, X, log_target=True, reduction="sum")
+        fusedloss.cross_entropy(X, LABELS)
+        assert len(small) == 2 * used
 
 
 def test_a_batch_of_gradients(small):

@@ -218,3 +218,16 @@ class TestImport:
         assert fusedloss.__version__[0].isdigit()
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             fusedloss.nothing  # noqa: B018
+
+
+def test_small_cpu_tensors_of_two_dtypes():
+    """They are not torch's function's at once, whose result has the input's dtype."""
+    x, y = torch.randn(4, 5).log_softmax(1).bfloat16(), torch.rand(4, 5)
+    with fusedloss.use("reference"):
+        assert fusedloss.kl_div(x, y, reduction="sum").dtype == torch.float32
+        assert fusedloss.cross_entropy(x, y).dtype == torch.float32
+        assert fusedloss.cross_entropy(x, y.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fusedloss.cross_entropy(x, y.bfloat16()).dtype == torch.float32
+        with pytest.raises(TypeError, match="dtype"):
+            fusedloss.cross_entropy(x, y, dtype=False)
