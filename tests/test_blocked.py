@@ -394,6 +394,12 @@ class TestTwoSetsOfLogits:
         loss = fusedloss.kl_div_with_logits(x.requires_grad_(), y, temperature=torch.tensor(2.0))
         assert 0.0 <= loss < 1e-6 and not recwarn.list
 
+    def test_close_logits_are_not_below_zero(self):
+        """Where what is left is rounding, half of the sums would be."""
+        for seed in range(20):
+            x = 3 * rand((2, 40), seed=seed)
+            assert 0.0 <= fusedloss.kl_div_with_logits(x, x + 1e-5 * rand((2, 40), seed=99)) < 1e-6
+
     @pytest.mark.parametrize("reverse", [False, True])
     def test_equal_logits_and_an_offset(self, reverse):
         x = (3 * rand((37, 40))).requires_grad_()
