@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import log, log1m_ratio, log_any, quotient
+from .numerics import LN2, add_dot, log, log1m_ratio, log2_approx, log_any, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
@@ -21,24 +21,26 @@ BOUND: tl.constexpr = tl.constexpr(3.720075976020836e-44)  # exp(-100)
 
 @triton.jit
 def bce_terms(p, t, HALF: tl.constexpr):
-    """(s, f, d, r): the loss is s r - f d, and nan where s is negative. HALF: p was half precision, of which none lies
-    between 0 and exp(-93): log(s + exp(-100)) has the bound of -100, and is off by the last digits of subnormal s."""
+    """(s, f, d, r): the loss is s r - f d, to be nan where s is negative. HALF: p is half precision, of which none lies
+    between 0 and exp(-93): log(s + exp(-100)) has the bound of -100, and is off by the last digits of subnormal s; and
+    so is the loss. The logarithm there is nan itself where s is negative."""
     s = tl.minimum(p, 1.0 - p)
     f = tl.where(p <= 0.5, t, 1.0 - t)
-    log_s = log(tl.fma(s, 16777216.0, 16777216.0 * BOUND if HALF else 0.0), 24)  # of no subnormal number, and no -0
-    r = log1m_ratio(s)
-    return s, f, tl.fma(s, r, log_s if HALF else tl.maximum(log_s, -100.0)), r
+    scaled = tl.fma(s, 16777216.0, 16777216.0 * BOUND if HALF else 0.0)  # no subnormal number, and no -0
+    log_s = tl.fma(log2_approx(scaled, False), LN2, -24 * LN2) if HALF else tl.maximum(log(scaled, 24), -100.0)
+    r = log1m_ratio(s, HALF)
+    return s, f, tl.fma(s, r, log_s), r
 
 
 @triton.jit
-def add_loss(total, likely, least, out, p_from, t_from, w_from, at, mask, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
-             WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+def add_loss(total, likely, least, out, p_from, t_from, w_from, at, limit, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
+             HALF: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """A tile's loss, written or added to the lanes' sums: total, and likely, which is subtracted in the end; with them
     the least s of a lane. Where there is no element, p = t = 0 adds 0."""
-    HALF: tl.constexpr = p_from[0].dtype.element_ty != tl.float32
-    s, f, d, r = bce_terms(load(p_from, at, mask, WIDE), load(t_from, at, mask, WIDE), HALF)
-    w = load(w_from, at, mask, WIDE) if WEIGHT else 1.0
-    if REDUCE:
+    p, t = load(p_from, at, limit, mode(MODES, 1), WIDE, V), load(t_from, at, limit, mode(MODES, 2), WIDE, V)
+    s, f, d, r = bce_terms(p, t, HALF)
+    w = load(w_from, at, limit, mode(MODES, 3), WIDE, V) if WEIGHT else 1.0
+    if REDUCE and not HALF:
         least = tl.minimum(least, tl.min(lanes(s, V, WIDE), 1))
     if REDUCE and WEIGHT:
         total = add_dot(total, lanes(tl.fma(s, r, -f * d), V, WIDE), lanes(w, V, WIDE))
@@ -46,79 +48,87 @@ def add_loss(total, likely, least, out, p_from, t_from, w_from, at, mask, WEIGHT
         total = add_dot(total, lanes(s, V, WIDE), lanes(r, V, WIDE))
         likely = add_dot(likely, lanes(f, V, WIDE), lanes(d, V, WIDE))
     else:
-        store(out, tl.where(s >= 0, tl.fma(s, r, -f * d) * w, float("nan")), at, mask, WIDE)
+        loss = tl.fma(s, r, -f * d) * w
+        store(out, loss if HALF else tl.where(s >= 0, loss, float("nan")), at, limit, mode(MODES, 0), WIDE)
     return total, likely, least
 
 
 @kernel
 def bce_forward_kernel(
     out_ptr, x_ptr, target_ptr, weight_ptr,
-    n_rows, n_cols, chunks, trips,
-    out_row, out_col_stride, x_row, x_col_stride, target_row, target_col_stride,
-    weight_row, weight_col_stride,
-    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+    n, rows, cols, per_row, per_col, trips,
+    out_outer, out_row, out_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
+    weight_outer, weight_row, weight_stride,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, HALF: tl.constexpr, MODES: tl.constexpr,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    out = (out_ptr, out_row, out_col_stride)
-    p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
-    w = (weight_ptr, weight_row, weight_col_stride)
-    total = tl.zeros([ROWS * BLOCK // V], tl.float32)
+    out = (out_ptr, out_outer, out_row, out_stride)
+    p = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
+    w = (weight_ptr, weight_outer, weight_row, weight_stride)
+    total = tl.zeros([BLOCK // V], tl.float32)
     likely, least = total, total
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in range(plan[3]):
-        at = tile_at(i, plan, ROWS, BLOCK)
-        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, None, WEIGHT, REDUCE, WIDE, V)
-    for i in range(plan[3], plan[3] + plan[4]):
-        at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, mask, WEIGHT, REDUCE, WIDE, V)
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        at = tile_at(i, plan, period, BLOCK)
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, None,
+                                        WEIGHT, REDUCE, HALF, MODES, WIDE, V)  # fmt: skip
+    for i in range(plan[2], plan[2] + plan[3]):
+        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, limit,
+                                        WEIGHT, REDUCE, HALF, MODES, WIDE, V)  # fmt: skip
     if REDUCE:
         total = tl.where(least < 0, float("nan"), total - likely)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, mask, WEIGHT: tl.constexpr,
+def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, limit, WEIGHT: tl.constexpr,
                   REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
-                  WIDE: tl.constexpr):  # fmt: skip
-    p = load(p_from, at, mask, WIDE)
+                  MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    p = load(p_from, at, limit, mode(MODES, 3), WIDE, V)
     if not REDUCE:
-        g = load(dloss, at, mask, WIDE)
+        g = load(dloss, at, limit, mode(MODES, 2), WIDE, V)
     if WEIGHT:
-        g *= load(w_from, at, mask, WIDE)
+        g *= load(w_from, at, limit, mode(MODES, 5), WIDE, V)
     q = 1.0 - p
     s = tl.minimum(p, q)
     if INPUT_GRAD:
-        t = load(t_from, at, mask, WIDE)
+        t = load(t_from, at, limit, mode(MODES, 4), WIDE, V)
         dp = quotient(p - t, tl.maximum(p * q, 1e-12))
-        store(dx, tl.where(s >= 0, dp, float("nan")) * g, at, mask, WIDE)
+        store(dx, tl.where(s >= 0, dp, float("nan")) * g, at, limit, mode(MODES, 0), WIDE)
     if TARGET_GRAD:
         value = tl.fma(-s, log1m_ratio(s), -log_any(s))
-        store(dt, tl.where(p <= 0.5, value, -value) * g, at, mask, WIDE)
+        store(dt, tl.where(p <= 0.5, value, -value) * g, at, limit, mode(MODES, 1), WIDE)
 
 
 @kernel
 def bce_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr,
-    n_rows, n_cols, chunks, trips, scale,
-    dx_row, dx_col_stride, dtarget_row, dtarget_col_stride,
-    dloss_row, dloss_col_stride, x_row, x_col_stride, target_row, target_col_stride,
-    weight_row, weight_col_stride,
+    n, rows, cols, per_row, per_col, trips, scale,
+    dx_outer, dx_row, dx_stride, dtarget_outer, dtarget_row, dtarget_stride,
+    dloss_outer, dloss_row, dloss_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
+    weight_outer, weight_row, weight_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    dx, dt = (dx_ptr, dx_row, dx_col_stride), (dtarget_ptr, dtarget_row, dtarget_col_stride)
-    dloss = (dloss_ptr, dloss_row, dloss_col_stride)
-    p, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
-    w = (weight_ptr, weight_row, weight_col_stride)
+    dx = (dx_ptr, dx_outer, dx_row, dx_stride)
+    dt = (dtarget_ptr, dtarget_outer, dtarget_row, dtarget_stride)
+    dloss = (dloss_ptr, dloss_outer, dloss_row, dloss_stride)
+    p = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
+    w = (weight_ptr, weight_outer, weight_row, weight_stride)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in range(plan[3]):
-        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, ROWS, BLOCK), None,
-                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
-    for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, ROWS, BLOCK), mask,
-                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, period, BLOCK), None,
+                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
+    for i in range(plan[2], plan[2] + plan[3]):
+        limit = plan[1] - i * BLOCK
+        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, period, BLOCK), limit,
+                      WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
 
 
 def bce_forward(out, x, target, weight, reduction, dtype):
@@ -128,7 +138,10 @@ def bce_forward(out, x, target, weight, reduction, dtype):
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
-        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, **to.constants, V=to.lane),
+        constants=dict(
+            WEIGHT=weight is not None, REDUCE=reduce, HALF=x.element_size() == dtype.itemsize == 2,
+            **to.constants,
+        ),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

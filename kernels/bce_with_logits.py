@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import LOG2E, log1p, log1p_ratio, quotient
+from .numerics import LOG2E, add_dot, log1p, log1p_ratio, quotient
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 
@@ -29,13 +29,13 @@ def fold_product(e, V: tl.constexpr):
 
 @triton.jit
 def bce_terms(x, t, p, POS_WEIGHT: tl.constexpr):
-    """(a, f, e): the loss is a + f log1p(e)."""
+    """(a, b, f, e): the loss is a b + f log1p(e)."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     if POS_WEIGHT:
         positive, negative = p * t, 1.0 - t
-        return tl.abs(x) * tl.where(x > 0, negative, positive), negative + positive, e
+        return tl.abs(x), tl.where(x > 0, negative, positive), negative + positive, e
     else:
-        return tl.fma(x, -t, tl.maximum(x, 0.0)), 1.0, e
+        return tl.fma(x, -t, tl.maximum(x, 0.0)), 1.0, 1.0, e
 
 
 @triton.jit
@@ -50,60 +50,67 @@ def input_gradient(x, t, p, g, POS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def add_loss(total, q, out, dx, sources, smooth, g, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
-             SMOOTH: tl.constexpr, REDUCE: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
-             V: tl.constexpr):  # fmt: skip
+def add_loss(total, q, out, dx, sources, smooth, g, at, limit, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
+             SMOOTH: tl.constexpr, REDUCE: tl.constexpr, GRAD: tl.constexpr, HALF: tl.constexpr,
+             MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """A tile's loss, added to the lanes' totals or written; of a plain sum, log1p(e) goes into q instead.
-    With GRAD, its gradient times g as well."""
-    x = load(sources[0], at, mask, WIDE, -1e30)  # adds nothing where there is none
-    t = load(sources[1], at, mask, WIDE)
-    p = load(sources[3], at, mask, WIDE) if POS_WEIGHT else 1.0
+    HALF: the loss is half precision. With GRAD, its gradient times g as well."""
+    x = load(sources[0], at, limit, mode(MODES, 2), WIDE, V, -1e30)  # adds nothing where there is none
+    t = load(sources[1], at, limit, mode(MODES, 3), WIDE, V)
+    p = load(sources[3], at, limit, mode(MODES, 5), WIDE, V) if POS_WEIGHT else 1.0
     if SMOOTH:
         t = tl.fma(t, smooth[0], smooth[1])
-        if mask is not None:
-            t = tl.where(mask, t, 0.0)
-    a, factor, e = bce_terms(x, t, p, POS_WEIGHT)
-    if REDUCE and not WEIGHT and not POS_WEIGHT:
+        if limit is not None:
+            t = tl.where(at[2] < limit, t, 0.0)
+    a, b, f, e = bce_terms(x, t, p, POS_WEIGHT)
+    w = load(sources[2], at, limit, mode(MODES, 4), WIDE, V) if WEIGHT else 1.0
+    if REDUCE and POS_WEIGHT and not WEIGHT:
+        total = add_dot(total, lanes(a, V, WIDE), lanes(b, V, WIDE))
+        total = add_dot(total, lanes(e * f, V, WIDE), lanes(log1p_ratio(e, HALF), V, WIDE))
+    elif REDUCE and not WEIGHT:
         q_tile = fold_product(lanes(e, V, WIDE), V)
         q = tl.fma(q, q_tile, q + q_tile)
-    else:
-        a = tl.fma(e * factor, log1p_ratio(e), a)
-    w = load(sources[2], at, mask, WIDE) if WEIGHT else 1.0
-    if GRAD:
-        store(dx, input_gradient(x, t, p, g * w, POS_WEIGHT), at, mask, WIDE)
-    if REDUCE and WEIGHT:
-        total = add_dot(total, lanes(a, V, WIDE), lanes(w, V, WIDE))
-    elif REDUCE:
         total += tl.sum(lanes(a, V, WIDE), 1)
     else:
-        store(out, a * w, at, mask, WIDE)
+        loss = tl.fma(e * f, log1p_ratio(e, HALF), a * b)
+        if REDUCE:
+            total = add_dot(total, lanes(loss, V, WIDE), lanes(w, V, WIDE))
+        else:
+            store(out, loss * w, at, limit, mode(MODES, 0), WIDE)
+    if GRAD:
+        store(dx, input_gradient(x, t, p, g * w, POS_WEIGHT), at, limit, mode(MODES, 1), WIDE)
     return total, q
 
 
 @kernel
 def bce_with_logits_forward_kernel(
     out_ptr, dx_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
-    n_rows, n_cols, chunks, trips, keep, shift, scale,
-    out_row, out_col_stride, dx_row, dx_col_stride,
-    x_row, x_col_stride, target_row, target_col_stride,
-    weight_row, weight_col_stride, pos_weight_row, pos_weight_col_stride,
+    n, rows, cols, per_row, per_col, trips, keep, shift, scale,
+    out_outer, out_row, out_stride, dx_outer, dx_row, dx_stride,
+    x_outer, x_row, x_stride, target_outer, target_row, target_stride,
+    weight_outer, weight_row, weight_stride, pos_weight_outer, pos_weight_row, pos_weight_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
-    GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    V: tl.constexpr,
+    GRAD: tl.constexpr, HALF: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    out, dx = (out_ptr, out_row, out_col_stride), (dx_ptr, dx_row, dx_col_stride)
-    sources = ((x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride),
-               (weight_ptr, weight_row, weight_col_stride),
-               (pos_weight_ptr, pos_weight_row, pos_weight_col_stride))  # fmt: skip
-    total, q = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in range(plan[3]):
-        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, tile_at(i, plan, ROWS, BLOCK), None,
-                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, WIDE, V)  # fmt: skip
-    for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, tile_at(i, plan, ROWS, BLOCK), mask,
-                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, WIDE, V)  # fmt: skip
+    out = (out_ptr, out_outer, out_row, out_stride)
+    dx = (dx_ptr, dx_outer, dx_row, dx_stride)
+    x = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
+    w = (weight_ptr, weight_outer, weight_row, weight_stride)
+    p = (pos_weight_ptr, pos_weight_outer, pos_weight_row, pos_weight_stride)
+    sources = (x, t, w, p)
+    total, q = tl.zeros([BLOCK // V], tl.float32), tl.zeros([BLOCK // V], tl.float32)
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        at = tile_at(i, plan, period, BLOCK)
+        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, at, None,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, HALF, MODES, WIDE, V)  # fmt: skip
+    for i in range(plan[2], plan[2] + plan[3]):
+        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        total, q = add_loss(total, q, out, dx, sources, (keep, shift), scale, at, limit,
+                            WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, GRAD, HALF, MODES, WIDE, V)  # fmt: skip
     if REDUCE and not WEIGHT and not POS_WEIGHT:
         total += log1p(q)
     if REDUCE:
@@ -111,20 +118,21 @@ def bce_with_logits_forward_kernel(
 
 
 @triton.jit
-def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
+def put_gradients(dx, dt, dloss, sources, smooth, g, at, limit, WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr,
                   SMOOTH: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr,
-                  TARGET_GRAD: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    x = load(sources[0], at, mask, WIDE)
-    p = load(sources[3], at, mask, WIDE) if POS_WEIGHT else 1.0
+                  TARGET_GRAD: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr,
+                  V: tl.constexpr):  # fmt: skip
+    x = load(sources[0], at, limit, mode(MODES, 3), WIDE, V)
+    p = load(sources[3], at, limit, mode(MODES, 6), WIDE, V) if POS_WEIGHT else 1.0
     if not REDUCE:
-        g = load(dloss, at, mask, WIDE)
+        g = load(dloss, at, limit, mode(MODES, 2), WIDE, V)
     if WEIGHT:
-        g *= load(sources[2], at, mask, WIDE)
+        g *= load(sources[2], at, limit, mode(MODES, 5), WIDE, V)
     if INPUT_GRAD:
-        t = load(sources[1], at, mask, WIDE)
+        t = load(sources[1], at, limit, mode(MODES, 4), WIDE, V)
         if SMOOTH:
             t = tl.fma(t, smooth[0], smooth[1])
-        store(dx, input_gradient(x, t, p, g, POS_WEIGHT), at, mask, WIDE)
+        store(dx, input_gradient(x, t, p, g, POS_WEIGHT), at, limit, mode(MODES, 0), WIDE)
     if TARGET_GRAD:
         value = -x
         if POS_WEIGHT:
@@ -132,34 +140,38 @@ def put_gradients(dx, dt, dloss, sources, smooth, g, at, mask, WEIGHT: tl.conste
             value = tl.fma((p - 1.0) * e, log1p_ratio(e), p * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0))
         if SMOOTH:
             value *= smooth[0]
-        store(dt, value * g, at, mask, WIDE)
+        store(dt, value * g, at, limit, mode(MODES, 1), WIDE)
 
 
 @kernel
 def bce_with_logits_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr, pos_weight_ptr,
-    n_rows, n_cols, chunks, trips, keep, shift, scale,
-    dx_row, dx_col_stride, dtarget_row, dtarget_col_stride,
-    dloss_row, dloss_col_stride, x_row, x_col_stride, target_row, target_col_stride,
-    weight_row, weight_col_stride, pos_weight_row, pos_weight_col_stride,
+    n, rows, cols, per_row, per_col, trips, keep, shift, scale,
+    dx_outer, dx_row, dx_stride, dtarget_outer, dtarget_row, dtarget_stride,
+    dloss_outer, dloss_row, dloss_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
+    weight_outer, weight_row, weight_stride, pos_weight_outer, pos_weight_row, pos_weight_stride,
     WEIGHT: tl.constexpr, POS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr,
+    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    dx, dt = (dx_ptr, dx_row, dx_col_stride), (dtarget_ptr, dtarget_row, dtarget_col_stride)
-    dloss = (dloss_ptr, dloss_row, dloss_col_stride)
-    sources = ((x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride),
-               (weight_ptr, weight_row, weight_col_stride),
-               (pos_weight_ptr, pos_weight_row, pos_weight_col_stride))  # fmt: skip
+    dx = (dx_ptr, dx_outer, dx_row, dx_stride)
+    dt = (dtarget_ptr, dtarget_outer, dtarget_row, dtarget_stride)
+    dloss = (dloss_ptr, dloss_outer, dloss_row, dloss_stride)
+    x = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
+    w = (weight_ptr, weight_outer, weight_row, weight_stride)
+    p = (pos_weight_ptr, pos_weight_outer, pos_weight_row, pos_weight_stride)
+    sources = (x, t, w, p)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in range(plan[3]):
-        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, ROWS, BLOCK), None,
-                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
-    for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, ROWS, BLOCK), mask,
-                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, period, BLOCK), None,
+                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
+    for i in range(plan[2], plan[2] + plan[3]):
+        limit = plan[1] - i * BLOCK
+        put_gradients(dx, dt, dloss, sources, (keep, shift), g, tile_at(i, plan, period, BLOCK), limit,
+                      WEIGHT, POS_WEIGHT, SMOOTH, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
 
 
 def _smoothing(label_smoothing: float) -> dict[str, float]:
@@ -167,15 +179,15 @@ def _smoothing(label_smoothing: float) -> dict[str, float]:
 
 
 def bce_with_logits_forward(out, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
-    _forward(out, None, x, target, weight, pos_weight, label_smoothing, reduction)
+    _forward(out, None, x, target, weight, pos_weight, label_smoothing, reduction, dtype)
 
 
 def bce_with_logits_forward_grad(outputs, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
     """With the gradient of x."""
-    _forward(*outputs, x, target, weight, pos_weight, label_smoothing, reduction)
+    _forward(*outputs, x, target, weight, pos_weight, label_smoothing, reduction, dtype)
 
 
-def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction):
+def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
     reduce, scale = reduction != NONE, 1.0 / x.numel() if reduction == MEAN else 1.0
     tile = TILE if dx is None else TILE // 2
     to = walk(None if reduce else out, dx, x, target, weight, pos_weight, tile=tile)
@@ -186,7 +198,8 @@ def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction)
         | to.stride_scalars("out", "dx", "x", "target", "weight", "pos_weight"),
         constants=dict(
             WEIGHT=weight is not None, POS_WEIGHT=pos_weight is not None, SMOOTH=label_smoothing != 0.0,
-            REDUCE=reduce, GRAD=dx is not None, **to.constants, V=to.lane,
+            REDUCE=reduce, GRAD=dx is not None, HALF=x.element_size() == dtype.itemsize == 2,
+            **to.constants,
         ),
         num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -1,7 +1,12 @@
-"""What the element-wise losses share: a walk over a plane of rows x cols in tiles [ROWS, BLOCK].
+"""What the element-wise losses share: a walk over all elements in one order, in tiles of BLOCK.
 
-A program visits up to `trips` tiles side by side: whole ones without a mask, then those with one. Partial
-sums, one a program, are added up by a second kernel in a fixed order: sums have the same bits on every run.
+A program visits up to `trips` tiles side by side: whole ones, and the last one of all with a mask. Partial sums, one a
+program, are added up by a second kernel in a fixed order: sums have the same bits on every run.
+
+The order is that of `outer` x `rows` x `cols` elements. Element i, in row R = i // cols of all and outer index O = R //
+rows, lies i col + R row + O outer elements behind a tensor's first: `row` and `outer` are what the end of a row, or of
+all rows of an outer index, adds to the way. Tensors without any of it are FLAT. A run is V elements that a thread has
+side by side; with one tensor loaded in whole runs (WIDE), all have their elements in these places.
 """
 
 from __future__ import annotations
@@ -21,81 +26,171 @@ MAX_SHARE = 16384  # elements a program
 MAX_LANE = 120  # elements: a lane's product of 1 + e, e in [0, 1], stays finite
 FILL = 1024  # programs that fill the largest GPU: with fewer, a program takes fewer tiles
 VECTOR = 8
+# How a tensor is read: as it lies; a value a run; whole runs that lie apart; element by element
+FLAT, SAME, RUNS, APART = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+LONG = tl.constexpr(MAX_SHARE)  # columns of which a program sees the end of one row at most
+FAR = tl.constexpr(2**30)  # further than a program goes
+
+
+@triton.constexpr_function
+def mode(modes, k):
+    """How tensor number k is read: the mode, and four times how many of its last two strides, row and outer, count."""
+    return modes >> 4 * k & 15
 
 
 @triton.jit
-def tiles_of(n_rows, n_cols, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr):
-    """(row, start, before, whole, masked): this program's first row and column, the columns from there on
-    that it covers, its tiles that exist as a whole, and those that do in part. FLAT: there is one row."""
-    row, chunk = tl.full([], 0, tl.int64), tl.program_id(0)
-    if not FLAT:
-        row, chunk = (tl.program_id(0) // chunks).to(tl.int64) * ROWS, tl.program_id(0) % chunks
-    start = chunk.to(tl.int64) * trips * BLOCK
-    before = tl.minimum(n_cols - start, trips * BLOCK).to(tl.int32).to(tl.uint32)
+def tiles_of(n, trips, period, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """This program's (first element, elements from there on, tiles that exist as a whole, and that do in part), its
+    row, outer index, and what is left of the row and of the outer index. period: (rows, cols, and reciprocals of both);
+    DEPTH: 0 where all is one row, 1 where all has one outer index."""
+    rows, cols, _, _ = period
+    start = tl.program_id(0).to(tl.int64) * (trips * BLOCK)
+    before = tl.minimum(n - start, trips * BLOCK).to(tl.int32).to(tl.uint32)
     whole = (before // BLOCK).to(tl.int32)
-    if not FLAT:
-        whole = tl.where(row + ROWS <= n_rows, whole, 0)
-    return row, start, before.to(tl.int32), whole, ((before + (BLOCK - 1)) // BLOCK).to(tl.int32) - whole
+    masked = ((before + (BLOCK - 1)) // BLOCK).to(tl.int32) - whole
+    row, outer, left, rows_left = start * 0, start * 0, 0, 0
+    if DEPTH > 0:
+        row = start // cols
+        left = tl.minimum((row + 1) * cols - start, FAR).to(tl.int32)
+    if DEPTH > 1:
+        outer = row // rows
+        rows_left = tl.minimum((outer + 1) * rows - row, FAR).to(tl.int32)
+    return start, before.to(tl.int32), whole, masked, row, outer, left, rows_left
 
 
 @triton.jit
-def tile_at(i, plan, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Tile i: its rows [ROWS, 1] and columns [1, BLOCK] within it, its first row and column."""
-    start = plan[1] + (tl.full([], 0, tl.int64) + i) * BLOCK
-    return tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :], plan[0], start
+def tile_at(i, plan, period, BLOCK: tl.constexpr):
+    """Tile i: its first element, of all and of this program's, and its elements [1, BLOCK] within it."""
+    first = (tl.full([], 0, tl.int64) + i) * BLOCK
+    return plan[0] + first, i * BLOCK, tl.arange(0, BLOCK)[None, :], plan, period
 
 
 @triton.jit
-def tile_mask(i, plan, n_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which elements of tile i exist."""
-    mask = tl.arange(0, BLOCK)[None, :] < plan[2] - i * BLOCK
-    if ROWS > 1:
-        mask &= plan[0] + tl.arange(0, ROWS)[:, None] < n_rows
-    return mask
+def ends(place, left, size, reciprocal):
+    """How many stretches of `size` end at or before `place`, up to MAX_SHARE, the first of them after `left`."""
+    place_of_all = place + (tl.minimum(size, FAR).to(tl.int32) - left)
+    many = tl.umulhi((2 * place_of_all).to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
+    return tl.where(size < LONG, many, (place >= left).to(tl.int32))
 
 
 @triton.jit
-def first_of(source, at, WIDE: tl.constexpr):
-    """Pointers to the first element of each row of a tile [ROWS, 1]; a scalar where it has one row. WIDE:
-    rows are contiguous and aligned."""
-    ptr, row_stride, col_stride = source
-    start = ptr + (at[2] * row_stride + at[3] * col_stride)
-    if at[0].shape[0] > 1:
-        start += at[0] * row_stride
-    if WIDE:
-        start = tl.multiple_of(start, 16 if at[0].shape[0] == 1 else [16, 16])
-    return start
-
-
-@triton.jit
-def load(source, at, mask, WIDE: tl.constexpr, OTHER: tl.constexpr = 0.0):
-    """A tile of (pointer, row stride, column stride) in float32: all of it, or what the mask lets, OTHER
-    elsewhere. Wide bfloat16 is read in pairs, widened by a shift and a mask."""
-    first = first_of(source, at, WIDE)
-    if mask is not None:
-        value = tl.load(first + at[1] * source[2], mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(mask, value, OTHER)
-    elif WIDE and source[0].dtype.element_ty == tl.bfloat16:
-        half: tl.constexpr = at[1].shape[1] // 2
-        pairs = first.to(tl.pointer_type(tl.int32), bitcast=True)
-        pairs = tl.multiple_of(pairs, 16 if at[0].shape[0] == 1 else [16, 16])
-        both = tl.load(pairs + tl.arange(0, half)[None, :])
-        low = (both << 16).to(tl.float32, bitcast=True)
-        high = (both & -65536).to(tl.float32, bitcast=True)
-        value = tl.reshape(tl.join(low, high), [at[0].shape[0], 2 * half])
+def row_ends(place, at, MODE: tl.constexpr):
+    """How many rows end at or before the program's element `place`; 0 where that doesn't count."""
+    if MODE < 4:
+        return place * 0
     else:
-        value = tl.load(first + at[1] * source[2]).to(tl.float32)
-    return value
+        return ends(place, at[3][6], at[4][1], at[4][3])
 
 
 @triton.jit
-def store(to, value, at, mask, WIDE: tl.constexpr):
-    place = first_of(to, at, WIDE) + at[1] * to[2]
+def place_of(source, place, row_end, at, MODE: tl.constexpr):
+    """Pointers to the program's elements `place`, in which so many rows have ended before."""
+    ptr, outer, row, stride = source
+    plan, period = at[3], at[4]
+    start, way = plan[0] * stride, place.to(tl.int64) * stride
+    if MODE >= 4:
+        start += plan[4] * row
+        way += row_end.to(tl.int64) * row
+    if MODE >= 8:
+        start += plan[5] * outer
+        way += ends(row_end, plan[7], period[0], period[2]).to(tl.int64) * outer
+    return (ptr + start) + way
+
+
+@triton.jit
+def read(place, mask):
+    """What lies there, or 0 where the mask, if there is one, is not set."""
+    return tl.load(place) if mask is None else tl.load(place, mask=mask, other=0)
+
+
+@triton.jit
+def gather_runs(here, behind, left, limit, V: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, stride):
+    """[N] pointers -> [N, V] in float32, `stride` apart: from `behind` on where no more than `left` are left of a row;
+    without a mask, or 0 from element `limit` of the run on."""
+    if V == 1:
+        place = here if behind is None else tl.where(left <= FIRST, behind, here)
+        return read(place + FIRST * stride, None if limit is None else limit > FIRST).to(tl.float32)
+    else:
+        even = gather_runs(here, behind, left, limit, V // 2, FIRST, 2 * STEP, stride)
+        odd = gather_runs(here, behind, left, limit, V // 2, FIRST + STEP, 2 * STEP, stride)
+        return tl.reshape(tl.join(even, odd), [here.shape[0], V])
+
+
+@triton.jit
+def load_pairs(place, mask):
+    """Aligned bfloat16 as pairs in float32, [..., P] -> [..., 2 P]: a shift or a mask widens each half."""
+    both = read(place, mask)
+    low = (both << 16).to(tl.float32, bitcast=True)
+    high = (both & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [both.shape[0], 2 * both.shape[1]])
+
+
+@triton.jit
+def load_runs(source, at, limit, MODE: tl.constexpr, V: tl.constexpr):
+    """A tile of a tensor that is not FLAT, run by run: [N, V] in float32."""
+    ptr, stride = source[0], source[3]
+    N: tl.constexpr = at[2].shape[1] // V
+    first = V * tl.arange(0, N)
+    run = at[1] + first
+    row_end = row_ends(run, at, MODE)
+    here = place_of(source, run, row_end, at, MODE)
+    if MODE % 4 == SAME:
+        value = read(here, None if limit is None else first < limit).to(tl.float32)
+        return tl.broadcast_to(tl.expand_dims(value, 1), [N, V])
+    elif MODE % 4 == RUNS:
+        here = tl.expand_dims(tl.multiple_of(here, 16), 1)
+        mask = None if limit is None else tl.expand_dims(first, 1) < limit
+        if ptr.dtype.element_ty == tl.bfloat16:
+            return load_pairs(here.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, V // 2)[None, :], mask)
+        else:
+            return read(here + tl.arange(0, V)[None, :], mask).to(tl.float32)
+    else:
+        behind, left = None, None
+        if MODE >= 4:
+            cols = tl.minimum(at[4][1], FAR).to(tl.int32)
+            left = at[3][6] + row_end * cols - run
+            behind = place_of(source, run, row_end + 1, at, MODE)
+        return gather_runs(here, behind, left, None if limit is None else limit - first, V, 0, 1, stride)
+
+
+@triton.jit
+def load(source, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """A tile of (pointer, outer, row, column stride) in float32: all of it, or its first `limit` elements, OTHER
+    behind them."""
+    ptr = source[0]
+    if MODE == SAME:
+        value = tl.full(at[2].shape, tl.load(ptr).to(tl.float32), tl.float32)
+    elif MODE != FLAT and WIDE:
+        value = tl.reshape(load_runs(source, at, limit, MODE, V), at[2].shape)
+    elif MODE != FLAT:
+        place = at[1] + at[2]
+        place = place_of(source, place, row_ends(place, at, MODE), at, MODE)
+        value = read(place, None if limit is None else at[2] < limit).to(tl.float32)
+    else:
+        first = ptr + at[0]
+        if WIDE:
+            first = tl.multiple_of(first, 16)
+        if limit is None and WIDE and ptr.dtype.element_ty == tl.bfloat16:
+            pairs = tl.multiple_of(first.to(tl.pointer_type(tl.int32), bitcast=True), 16)
+            value = load_pairs(pairs + tl.arange(0, at[2].shape[1] // 2)[None, :], None)
+        else:
+            value = read(first + at[2], None if limit is None else at[2] < limit).to(tl.float32)
+    return value if limit is None else tl.where(at[2] < limit, value, OTHER)
+
+
+@triton.jit
+def store(to, value, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr):
+    if MODE == FLAT:
+        first = to[0] + at[0]
+        place = (tl.multiple_of(first, 16) if WIDE else first) + at[2]
+    else:
+        place = at[1] + at[2]
+        place = place_of(to, place, row_ends(place, at, MODE), at, MODE)
     value = value.to(to[0].dtype.element_ty)
-    if mask is None:
+    if limit is None:
         tl.store(place, value)
     else:
-        tl.store(place, value, mask=mask)
+        tl.store(place, value, mask=at[2] < limit)
 
 
 @triton.jit
@@ -108,65 +203,43 @@ def lanes(tile, V: tl.constexpr, WIDE: tl.constexpr):
         return tl.trans(tl.reshape(tile, [V, LANES]))
 
 
-@triton.jit
-def twos(x):
-    """[N, V] -> [N, ..., 2], to be split again and again: the compiler is slow where each split has its reshape."""
-    if x.shape[1] == 8:
-        return tl.reshape(x, [x.shape[0], 2, 2, 2])
-    elif x.shape[1] == 4:
-        return tl.reshape(x, [x.shape[0], 2, 2])
-    else:
-        return tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
-
-
-@triton.jit
-def add_dot(total, a, b):
-    """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
-    if len(a.shape) == 1:
-        return tl.fma(a, b, total)
-    elif a.shape[1] == 1:
-        return tl.fma(tl.reshape(a, [a.shape[0]]), tl.reshape(b, [a.shape[0]]), total)
-    elif len(a.shape) == 2 and a.shape[1] > 2:
-        return add_dot(total, twos(a), twos(b))
-    else:
-        a0, a1 = tl.split(a)
-        b0, b1 = tl.split(b)
-        return add_dot(add_dot(total, a0, b0), a1, b1)
-
-
 class Walk(NamedTuple):
-    """How a launch covers its tensors: sizes and tile depend on the row length's class alone."""
+    """How a launch covers its tensors (None where there is none): sizes, and for each tensor (outer, row, column)
+    strides and how it is read."""
 
-    rows: int
-    cols: int
-    strides: list[tuple[int, int]]
+    sizes: tuple[int, int, int]
+    strides: list[tuple[int, int, int]]
+    modes: list[int]
     tensors: list[torch.Tensor | None]
-    tile_rows: int
     block: int
-    chunks: int
     trips: int
-    programs: int
     wide: bool
+    lane: int
+
+    @property
+    def programs(self) -> int:
+        outer, rows, cols = self.sizes
+        return triton.cdiv(triton.cdiv(outer * rows * cols, self.block), self.trips)
 
     @property
     def scalars(self) -> dict[str, int]:
-        return dict(n_rows=self.rows, n_cols=self.cols, chunks=self.chunks, trips=self.trips)
+        outer, rows, cols = self.sizes
+        return dict(n=outer * rows * cols, rows=rows, cols=cols, per_row=2**31 // max(rows, 2) + 1,
+                    per_col=2**31 // max(cols, 2) + 1,
+                    trips=self.trips)  # fmt: skip
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        return dict(ROWS=self.tile_rows, BLOCK=self.block, FLAT=self.rows == 1, WIDE=self.wide)
-
-    @property
-    def lane(self) -> int:
-        """The elements of a lane: those that a thread loads at once, or all that it has."""
-        first = next(t for t in self.tensors if t is not None)
-        return 16 // first.element_size() if self.wide else min(8, self.tile_rows * self.block // (32 * NUM_WARPS))
+        outer, rows, _ = self.sizes
+        modes = sum(mode << 4 * k for k, mode in enumerate(self.modes))
+        return dict(MODES=modes, DEPTH=2 if outer > 1 else 1 if rows > 1 else 0, BLOCK=self.block, WIDE=self.wide,
+                    V=self.lane)  # fmt: skip
 
     def stride_scalars(self, *names: str) -> dict[str, int]:
         return {
             f"{name}_{axis}": stride
-            for name, pair in zip(names, self.strides, strict=True)
-            for axis, stride in zip(("row", "col_stride"), pair, strict=True)
+            for name, strides in zip(names, self.strides, strict=True)
+            for axis, stride in zip(("outer", "row", "stride"), strides, strict=True)
         }
 
     def restore(self, *outputs: torch.Tensor | None) -> None:
@@ -181,30 +254,41 @@ def trips_of(tiles: int, tile: int) -> int:
     return max(1, min(MAX_SHARE // tile, MAX_LANE // VECTOR, tiles // FILL))
 
 
+def _mode(t: torch.Tensor, strides: tuple[int, int, int], cols: int, run: int, wide: bool) -> int:
+    """How a tensor is read, in runs (wide) of so many elements, or element by element."""
+    outer, row, col = strides
+    depth = 4 * (2 if outer else 1 if row else 0)
+    aligned = t.data_ptr() % 16 == 0
+    if depth == 0 and col == 1 and (aligned or not wide):
+        return FLAT.value
+    if col == 0 and (depth == 0 or (wide and cols % run == 0)):
+        return SAME.value + depth
+    if wide and aligned and col == 1 and cols % run == outer % VECTOR == row % VECTOR == 0:
+        return RUNS.value + depth
+    return APART.value + depth
+
+
 def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
-    """Cover tensors of one shape (None where there is none); copied only where no plane fits all. A tile is half
+    """Cover tensors of one shape (None where there is none); copied only where no walk fits all. A tile is half
     as large of float32, and with more than three tensors; kernels that keep more an element ask for a smaller one."""
     there = [t for t in tensors if t is not None]
     if len(there) > 3 or there[0].element_size() > 2:
         tile = min(tile, TILE // 2)
-    flat, there = contiguous_plane(there)
-    rest, strides = iter(there), iter(flat.strides)
-    placed = [None if t is None else next(rest) for t in tensors]
-    pairs = [(0, 0) if t is None else next(strides) for t in tensors]
-    rows, cols = flat.rows, flat.cols
-    wide = (rows == 1 or cols > 128) and all(
-        col == 1 and row % VECTOR == 0 and t.data_ptr() % 16 == 0
-        for t, (row, col) in zip(there, flat.strides, strict=True)
-    )
-    if rows > 1:  # for the addresses
-        tile = min(tile, TILE // 2 if wide else TILE // 4 if len(there) <= 3 else TILE // 8)
+    plane, there = contiguous_plane(there)
+    outer, rows, cols = plane.sizes
+    run = 16 // there[0].element_size()
+    steps = [((o - rows * r) * (outer > 1), (r - cols * c) * (rows > 1), c) for o, r, c in plane.strides]
+    modes = [_mode(t, s, cols, run, True) for t, s in zip(there, steps, strict=True)]
+    whole = {FLAT.value, RUNS.value} & {m % 4 for m in modes}
+    wide = bool(whole) and (cols >= run or all(m % 4 != APART.value or m < 4 for m in modes))
+    if not wide:
+        modes = [_mode(t, s, cols, run, False) for t, s in zip(there, steps, strict=True)]
+    if any(m > SAME.value for m in modes):  # for the addresses
+        tile = min(tile, TILE // 2 if wide else TILE // 4)
     if wide:  # 16 bytes a thread
-        tile = max(tile, 512 * NUM_WARPS // there[0].element_size())
-    block = tile
-    if rows > 1 and cols <= 1024:
-        block = 16 if cols <= 16 else 128 if cols <= 128 else min(tile, 1024)
-    tile_rows = max(1, tile // block)
-    row_tiles, col_tiles = triton.cdiv(rows, tile_rows), triton.cdiv(cols, block)
-    trips = trips_of(row_tiles * col_tiles, tile)
-    chunks = triton.cdiv(col_tiles, trips)
-    return Walk(rows, cols, pairs, placed, tile_rows, block, chunks, trips, row_tiles * chunks, wide)
+        tile = max(tile, 32 * NUM_WARPS * run)
+    rest = iter(zip(there, steps, modes, strict=True))
+    placed, strides, ways = zip(*((None, (0, 0, 0), 0) if t is None else next(rest) for t in tensors), strict=True)
+    trips = trips_of(triton.cdiv(outer * rows * cols, tile), tile)
+    lane = run if wide else min(8, tile // (32 * NUM_WARPS))
+    return Walk(plane.sizes, list(strides), list(ways), list(placed), tile, trips, wide, lane)

@@ -1,175 +1,138 @@
 """Entropy of probabilities over one dimension: -sum p log p; dp = -(log p + 1).
 
 Nothing is saved beside the arguments. As torch.special.entr: 0 at p = 0 with gradient inf, -inf at p < 0.
-A sum or a mean over rows, and its gradient, don't care where a row ends: dense tensors are one long row.
+A sum or a mean over rows, and any gradient, don't care where a row ends: they visit elements, not rows.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, VECTOR, add_dot, lanes, load, store, tile_at, tile_mask, trips_of
+from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .layout import Rows, contiguous_rows, plane
-from .numerics import log, log_any
+from .numerics import LN2, add_dot, lanes_dot, lanes_min, log, log2_approx, log_any
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
-
-TILE = 1024
-
-
-@triton.jit
-def entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's outer index, and its rows and tiles as elementwise.tiles_of gives them."""
-    outer, tile, chunk = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), tl.program_id(0)
-    if chunk >= chunks:  # not in one long row: a division is many instructions
-        tile = chunk // chunks
-        chunk -= tile * chunks
-        outer = tile // row_tiles
-        tile -= outer * row_tiles
-    row = tile.to(tl.int64) * ROWS
-    start = chunk.to(tl.int64) * trips * BLOCK
-    before = tl.minimum(n_cols - start, trips.to(tl.int64) * BLOCK).to(tl.int32)
-    whole = tl.where(row + ROWS <= n_inner, before // BLOCK, 0)
-    return outer.to(tl.int64), (row, start, before, whole, tl.cdiv(before, BLOCK) - whole)
+from .rowwise import (
+    block_lanes, clean_col, column, edge_cols, load_run, masked_col, part_col, row_min, row_sum, rows_at, schedule,
+)  # fmt: skip
+from .tiling import row_walk, stride_scalars
 
 
 @triton.jit
-def add_entropy(total, least, p_from, at, mask, REDUCE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):
-    """Into the totals, an element's or (REDUCE) a lane's: p log p, and the least p."""
-    p = load(p_from, at, mask, WIDE)
-    x = log(p)  # log(0) is finite: 0 log 0 = 0
-    if REDUCE:
-        return add_dot(total, lanes(p, V, WIDE), lanes(x, V, WIDE)), tl.minimum(least, tl.min(lanes(p, V, WIDE), 1))
-    else:
-        return tl.fma(p, x, total), tl.minimum(least, p)
+def log_finite(p, HALF: tl.constexpr):
+    """A logarithm that is finite at 0, where 0 log 0 = 0; where the loss is HALF precision, in base 2."""
+    return tl.maximum(log2_approx(p, False), -127.0) if HALF else log(p)
+
+
+@triton.jit
+def entropy_of(total, least, HALF: tl.constexpr):
+    """From the sum of p log p, and the least p."""
+    return tl.where(least < 0, float("-inf"), 0.0 - (total * LN2 if HALF else total))  # of 0, not -0
+
+
+@triton.jit
+def add_entropy(total, least, p_from, at, limit, HALF: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr,
+                V: tl.constexpr):  # fmt: skip
+    """A tile into the lanes' sums and least elements."""
+    p = load(p_from, at, limit, mode(MODES, 0), WIDE, V)
+    total = add_dot(total, lanes(p, V, WIDE), lanes(log_finite(p, HALF), V, WIDE))
+    return total, tl.minimum(least, tl.min(lanes(p, V, WIDE), 1))
 
 
 @kernel
 def entropy_forward_kernel(
     out_ptr, p_ptr,
-    n_inner, n_cols, row_tiles, chunks, trips,
-    p_outer, p_inner, p_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+    n, rows, cols, per_row, per_col, trips, p_outer, p_row, p_stride,
+    HALF: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
-    outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
-    p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
-    total = tl.zeros([ROWS * BLOCK // V] if REDUCE else [ROWS, BLOCK], tl.float32)
-    least = total
-    for i in range(plan[3]):
-        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), None, REDUCE, WIDE, V)
-    for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
-        total, least = add_entropy(total, least, p_from, tile_at(i, plan, ROWS, BLOCK), mask, REDUCE, WIDE, V)
-    total = tl.where(least < 0, float("-inf"), 0.0 - total)  # of 0, not -0
-    if REDUCE:
-        tl.store(out_ptr + tl.program_id(0), tl.sum(total))
-    else:
-        lane = plan[0] + tl.arange(0, ROWS)
-        value = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + outer * n_inner + lane, value, mask=lane < n_inner)
+    p_from = (p_ptr, p_outer, p_row, p_stride)
+    total, least = tl.zeros([BLOCK // V], tl.float32), tl.zeros([BLOCK // V], tl.float32)
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        at = tile_at(i, plan, period, BLOCK)
+        total, least = add_entropy(total, least, p_from, at, None, HALF, MODES, WIDE, V)
+    for i in range(plan[2], plan[2] + plan[3]):
+        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        total, least = add_entropy(total, least, p_from, at, limit, HALF, MODES, WIDE, V)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(entropy_of(total, least, HALF)))
 
 
 @triton.jit
-def put_gradient(dp, p_from, g, at, mask, WIDE: tl.constexpr):
-    p = load(p_from, at, mask, WIDE, 1.0)
-    store(dp, -(log_any(p) + 1.0) * g, at, mask, WIDE)
+def add_block(p, state, HALF: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    """A block [ROWS, BLOCK] into the lanes [ROWS, T]: the sum of p log p, and the least p."""
+    p = tl.reshape(p, [p.shape[0], U, T, V])
+    return state[0] + lanes_dot(p, log_finite(p, HALF)), tl.minimum(state[1], lanes_min(p))
+
+
+@kernel
+def entropy_rows_forward_kernel(
+    out_ptr, p_ptr,
+    inner, n_cols, p_outer, p_inner, p_class_stride,
+    HALF: tl.constexpr, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
+    HINT: tl.constexpr,
+):  # fmt: skip
+    outer, d, live = rows_at(inner, ROWS)
+    p_at = outer * p_outer + d * p_inner
+    at = column(p_at)
+    plan = schedule(p_at, n_cols, tl.full(d.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    state = tl.zeros([ROWS, T], tl.float32), tl.zeros([ROWS, T], tl.float32)
+    lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
+    for i in range(plan[4]):
+        p = load_run(p_ptr, at, clean_col(i, plan, U * T * V), lane, p_class_stride, None, HINT)
+        state = add_block(p, state, HALF, U, T, V)
+    for i in range(plan[5]):
+        p = load_run(p_ptr, at, part_col(i, plan, U // UP, UP * T * V), part, p_class_stride, None, HINT)
+        state = add_block(p, state, HALF, UP, T, V)
+    for i in range(plan[6]):
+        bounds = (live, plan[0], plan[1])
+        p = load_run(p_ptr, at, masked_col(i, plan, UP * T * V), part, p_class_stride, bounds, HINT)
+        state = add_block(p, state, HALF, UP, T, V)
+    total, least = row_sum(state[0]), row_min(state[1])
+    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+        p = load_run(p_ptr, at, 0, edge_cols(plan), p_class_stride, (live, 0, n_cols), 1)
+        total += tl.sum(p * log_finite(p, HALF))
+        least = tl.minimum(least, tl.min(p))
+    value = entropy_of(total, least, HALF).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + outer * inner + d, value, mask=live)
+
+
+@triton.jit
+def put_gradient(dp, dloss, p_from, g, at, limit, REDUCE: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr,
+                 V: tl.constexpr):  # fmt: skip
+    p = load(p_from, at, limit, mode(MODES, 2), WIDE, V, 1.0)
+    if not REDUCE:
+        g = load(dloss, at, limit, mode(MODES, 1), WIDE, V)
+    if dp[0].dtype.element_ty == tl.float32:
+        value = -(log_any(p) + 1.0) * g
+    else:
+        value = tl.fma(log2_approx(p, True), -LN2 * g, -g)
+    store(dp, value, at, limit, mode(MODES, 0), WIDE)
 
 
 @kernel
 def entropy_backward_kernel(
     dp_ptr, dloss_ptr, p_ptr,
-    n_inner, n_cols, row_tiles, chunks, trips, scale,
-    dp_outer, dp_inner, dp_class_stride, p_outer, p_inner, p_class_stride,
-    REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    n, rows, cols, per_row, per_col, trips, scale,
+    dp_outer, dp_row, dp_stride, dloss_outer, dloss_row, dloss_stride, p_outer, p_row, p_stride,
+    REDUCE: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
-    outer, plan = entropy_tiles(n_inner, n_cols, row_tiles, chunks, trips, ROWS, BLOCK)
-    p_from = (p_ptr + outer * p_outer, p_inner, p_class_stride)
-    dp = (dp_ptr + outer * dp_outer, dp_inner, dp_class_stride)
-    if REDUCE:
-        g = tl.load(dloss_ptr).to(tl.float32) * scale
-    else:
-        lane = plan[0] + tl.arange(0, ROWS)
-        g = tl.load(dloss_ptr + outer * n_inner + lane, mask=lane < n_inner, other=0.0)
-        g = g.to(tl.float32)[:, None]
-    for i in range(plan[3]):
-        put_gradient(dp, p_from, g, tile_at(i, plan, ROWS, BLOCK), None, WIDE)
-    for i in range(plan[3], plan[3] + plan[4]):
-        mask = tile_mask(i, plan, n_inner, ROWS, BLOCK)
-        put_gradient(dp, p_from, g, tile_at(i, plan, ROWS, BLOCK), mask, WIDE)
-
-
-class Tiling(NamedTuple):
-    """How a launch covers its tensors."""
-
-    tensors: list[torch.Tensor]
-    walk: Rows
-    tile_rows: int
-    block: int
-    row_tiles: int
-    chunks: int
-    trips: int
-
-    @property
-    def programs(self) -> int:
-        return self.walk.outer * self.row_tiles * self.chunks
-
-    @property
-    def scalars(self) -> dict[str, int]:
-        return dict(
-            n_inner=self.walk.inner, n_cols=self.walk.cols,
-            row_tiles=self.row_tiles, chunks=self.chunks, trips=self.trips,
-        )  # fmt: skip
-
-    @property
-    def wide(self) -> bool:
-        return self.block >= 1024 and all(
-            t.data_ptr() % 16 == 0 and outer % VECTOR == inner % VECTOR == 0 and classes == 1
-            for t, (outer, inner, classes) in zip(self.tensors, self.walk.strides, strict=True)
-        )
-
-    @property
-    def constants(self) -> dict[str, int | bool]:
-        return dict(ROWS=self.tile_rows, BLOCK=self.block, WIDE=self.wide)
-
-    @property
-    def lane(self) -> int:
-        """The elements of a lane's sum: those that a thread loads at once, or all that it has."""
-        return 16 // self.tensors[0].element_size() if self.wide else self.tile_rows * self.block // (32 * NUM_WARPS)
-
-    def stride_scalars(self, *names: str) -> dict[str, int]:
-        return {
-            f"{name}_{axis}": stride
-            for name, strides in zip(names, self.walk.strides, strict=True)
-            for axis, stride in zip(("outer", "inner", "class_stride"), strides, strict=True)
-        }
-
-
-def _tiling(dim: int, *tensors: torch.Tensor, join: bool, split: bool, tile: int = TILE) -> Tiling:
-    """Cover the rows of tensors of one shape, copied where no common walk fits them. `join`: where a row
-    ends doesn't matter; `split`: several programs may share a row."""
-    flat = plane(*tensors) if join else None
-    if flat is not None and flat.rows == 1:
-        walk = Rows(1, 1, flat.cols, [(0, 0, stride) for _, stride in flat.strides])
-        block = tile
-    else:
-        walk, copies = contiguous_rows(dim, tensors)
-        tensors = tuple(copies)
-        block = 1024 if walk.cols > 128 else 128 if walk.cols > 16 else 16
-    cols = walk.cols
-    if walk.inner >= 64 and any(classes > inner for _, inner, classes in walk.strides):
-        block = 16  # neighbours in memory are rows
-    tile_rows = tile // block
-    row_tiles, col_tiles = triton.cdiv(walk.inner, tile_rows), triton.cdiv(cols, block)
-    trips = col_tiles
-    if split:
-        trips = min(trips_of(walk.outer * row_tiles * col_tiles, tile), col_tiles)
-    chunks = triton.cdiv(col_tiles, trips)
-    return Tiling(list(tensors), walk, tile_rows, block, row_tiles, chunks, trips)
+    dp, dloss = (dp_ptr, dp_outer, dp_row, dp_stride), (dloss_ptr, dloss_outer, dloss_row, dloss_stride)
+    p_from = (p_ptr, p_outer, p_row, p_stride)
+    g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in range(plan[2]):
+        at = tile_at(i, plan, period, BLOCK)
+        put_gradient(dp, dloss, p_from, g, at, None, REDUCE, MODES, WIDE, V)
+    for i in range(plan[2], plan[2] + plan[3]):
+        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        put_gradient(dp, dloss, p_from, g, at, limit, REDUCE, MODES, WIDE, V)
 
 
 def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
@@ -177,29 +140,31 @@ def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
 
 
 def entropy_forward(out, p, dim, reduction, dtype):
-    reduce = reduction != NONE
-    tile = 2 * TILE if reduce and p.element_size() == 2 else TILE
-    to = _tiling(dim, p, join=reduce, split=reduce, tile=tile)
-    parts = scratch(p, to.programs) if reduce else out
-    launch(
-        entropy_forward_kernel, (to.programs,), parts, *to.tensors,
-        scalars=to.scalars | to.stride_scalars("p"),
-        constants=dict(REDUCE=reduce, **to.constants, V=to.lane),
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
-    if reduce:
+    half = p.element_size() == dtype.itemsize == 2
+    if reduction == NONE:
+        rows = row_walk(dim, p, narrow=4)
+        launch(
+            entropy_rows_forward_kernel, (rows.programs,), out, *rows.tensors,
+            scalars=dict(inner=rows.inner, n_cols=rows.cols, **stride_scalars(("p", rows.strides[0]))),
+            constants=dict(HALF=half, **rows.shape.constants), num_warps=rows.shape.num_warps,
+        )  # fmt: skip
+    else:
+        to = walk(p)
+        parts = scratch(p, to.programs)
+        launch(
+            entropy_forward_kernel, (to.programs,), parts, *to.tensors,
+            scalars=to.scalars | to.stride_scalars("p"),
+            constants=dict(HALF=half, **to.constants), num_warps=NUM_WARPS,
+        )  # fmt: skip
         reduce_sum(out, parts, _scale(p, dim, reduction))
 
 
 def entropy_backward(dp, dloss, p, dim, reduction):
     reduce = reduction != NONE
-    to = _tiling(dim, dp, p, join=reduce, split=True)
-    computed, placed = to.tensors
+    to = walk(dp, None if reduce else dloss.unsqueeze(dim).expand_as(p), p, tile=TILE // 2)
     launch(
-        entropy_backward_kernel, (to.programs,), computed, dloss.contiguous(), placed,
-        scalars=to.scalars | dict(scale=_scale(p, dim, reduction)) | to.stride_scalars("dp", "p"),
-        constants=dict(REDUCE=reduce, **to.constants),
-        num_warps=NUM_WARPS,
+        entropy_backward_kernel, (to.programs,), to.tensors[0], dloss if reduce else to.tensors[1], to.tensors[2],
+        scalars=to.scalars | dict(scale=_scale(p, dim, reduction)) | to.stride_scalars("dp", "dloss", "p"),
+        constants=dict(REDUCE=reduce, **to.constants), num_warps=NUM_WARPS,
     )  # fmt: skip
-    if computed is not dp:
-        dp.copy_(computed)
+    to.restore(dp)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .launch import kernel, launch, scratch
 from .layout import vector
-from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
@@ -53,7 +53,7 @@ def entropy_update(x, state, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
     s, a = entropy_move(state, top)
     u = (x - spread(top)) * LOG2E
     w = tl.exp2(u)
-    return top, s + lanes_sum(w), a + lanes_sum(w * tl.maximum(u, LOWEST))
+    return top, s + lanes_sum(w), a + lanes_dot(w, tl.maximum(u, LOWEST))
 
 
 @triton.jit

@@ -10,18 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, add_dot, lanes, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
-from .numerics import LOG2E, log, log_positive
+from .numerics import LOG2E, add_dot, log, log_positive
 from .operators import BATCHMEAN, MEAN, NONE
 from .reduce import reduce_sum
 
 
 @triton.jit
-def add_loss(total, least, out, x_from, t_from, at, mask, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
-             WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+def add_loss(total, least, out, x_from, t_from, at, limit, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
+             MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """A tile's loss, added to the lanes' totals or written; with the totals, the least target of a lane."""
-    x, t = load(x_from, at, mask, WIDE), load(t_from, at, mask, WIDE)
+    x, t = load(x_from, at, limit, mode(MODES, 1), WIDE, V), load(t_from, at, limit, mode(MODES, 2), WIDE, V)
     if LOG_TARGET:
         p, d = tl.exp2(t * LOG2E), t - x
     else:
@@ -30,72 +30,78 @@ def add_loss(total, least, out, x_from, t_from, at, mask, LOG_TARGET: tl.constex
     if REDUCE:
         total = add_dot(total, lanes(p, V, WIDE), lanes(d, V, WIDE))
     else:
-        store(out, p * d if LOG_TARGET else tl.where(t < 0, float("nan"), p * d), at, mask, WIDE)
+        store(out, p * d if LOG_TARGET else tl.where(t < 0, float("nan"), p * d), at, limit, mode(MODES, 0), WIDE)
     return total, least
 
 
 @kernel
 def kl_div_forward_kernel(
     out_ptr, x_ptr, target_ptr,
-    n_rows, n_cols, chunks, trips,
-    out_row, out_col_stride, x_row, x_col_stride, target_row, target_col_stride,
-    LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, V: tl.constexpr,
+    n, rows, cols, per_row, per_col, trips,
+    out_outer, out_row, out_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
+    LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    out = (out_ptr, out_row, out_col_stride)
-    x, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
-    total, least = tl.zeros([ROWS * BLOCK // V], tl.float32), tl.zeros([ROWS * BLOCK // V], tl.float32)
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in tl.range(plan[3], loop_unroll_factor=UNROLL):
-        at = tile_at(i, plan, ROWS, BLOCK)
-        total, least = add_loss(total, least, out, x, t, at, None, LOG_TARGET, REDUCE, WIDE, V)
-    for i in range(plan[3], plan[3] + plan[4]):
-        at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
-        total, least = add_loss(total, least, out, x, t, at, mask, LOG_TARGET, REDUCE, WIDE, V)
+    out = (out_ptr, out_outer, out_row, out_stride)
+    x = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
+    total, least = tl.zeros([BLOCK // V], tl.float32), tl.zeros([BLOCK // V], tl.float32)
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in tl.range(plan[2], loop_unroll_factor=UNROLL):
+        at = tile_at(i, plan, period, BLOCK)
+        total, least = add_loss(total, least, out, x, t, at, None, LOG_TARGET, REDUCE, MODES, WIDE, V)
+    for i in range(plan[2], plan[2] + plan[3]):
+        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        total, least = add_loss(total, least, out, x, t, at, limit, LOG_TARGET, REDUCE, MODES, WIDE, V)
     if REDUCE:
         total = tl.where(least < 0, float("nan"), total)
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def put_gradients(dx, dt, dloss, x_from, t_from, g, at, mask, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
-                  INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    t = load(t_from, at, mask, WIDE)
+def put_gradients(dx, dt, dloss, x_from, t_from, g, at, limit, LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
+                  INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, MODES: tl.constexpr,
+                  WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    t = load(t_from, at, limit, mode(MODES, 4), WIDE, V)
     p = tl.exp2(t * LOG2E) if LOG_TARGET else t
     if not REDUCE:
-        g = load(dloss, at, mask, WIDE)
+        g = load(dloss, at, limit, mode(MODES, 2), WIDE, V)
     if INPUT_GRAD:
-        store(dx, -g * p, at, mask, WIDE)
+        store(dx, -g * p, at, limit, mode(MODES, 0), WIDE)
     if TARGET_GRAD:
-        x = load(x_from, at, mask, WIDE)
+        x = load(x_from, at, limit, mode(MODES, 3), WIDE, V)
         if LOG_TARGET:
             value = p * (t + 1.0 - x)
         else:
             value = tl.where((t > 0) & (t < float("inf")), log_positive(t) + 1.0 - x, float("nan"))
-        store(dt, value * g, at, mask, WIDE)
+        store(dt, value * g, at, limit, mode(MODES, 1), WIDE)
 
 
 @kernel
 def kl_div_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr,
-    n_rows, n_cols, chunks, trips, scale,
-    dx_row, dx_col_stride, dtarget_row, dtarget_col_stride,
-    dloss_row, dloss_col_stride, x_row, x_col_stride, target_row, target_col_stride,
+    n, rows, cols, per_row, per_col, trips, scale,
+    dx_outer, dx_row, dx_stride, dtarget_outer, dtarget_row, dtarget_stride,
+    dloss_outer, dloss_row, dloss_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
     LOG_TARGET: tl.constexpr, REDUCE: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr,
+    INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    dx, dt = (dx_ptr, dx_row, dx_col_stride), (dtarget_ptr, dtarget_row, dtarget_col_stride)
-    dloss = (dloss_ptr, dloss_row, dloss_col_stride)
-    x, t = (x_ptr, x_row, x_col_stride), (target_ptr, target_row, target_col_stride)
+    dx = (dx_ptr, dx_outer, dx_row, dx_stride)
+    dt = (dtarget_ptr, dtarget_outer, dtarget_row, dtarget_stride)
+    dloss = (dloss_ptr, dloss_outer, dloss_row, dloss_stride)
+    x = (x_ptr, x_outer, x_row, x_stride)
+    t = (target_ptr, target_outer, target_row, target_stride)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
-    plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-    for i in tl.range(plan[3], loop_unroll_factor=UNROLL):
-        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, ROWS, BLOCK), None,
-                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
-    for i in range(plan[3], plan[3] + plan[4]):
-        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK),
-                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, WIDE)  # fmt: skip
+    period = (rows, cols, per_row, per_col)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    for i in tl.range(plan[2], loop_unroll_factor=UNROLL):
+        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, period, BLOCK), None,
+                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
+    for i in range(plan[2], plan[2] + plan[3]):
+        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK,
+                      LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
 
 
 def _scale(x: torch.Tensor, reduction: int) -> float:
@@ -115,7 +121,7 @@ def kl_div_forward(out, x, target, log_target, reduction, dtype):
     launch(
         kl_div_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target"),
-        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants, UNROLL=_unroll(log_target), V=to.lane),
+        constants=dict(LOG_TARGET=log_target, REDUCE=reduce, **to.constants, UNROLL=_unroll(log_target)),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import kernel, launch, scratch
-from .numerics import LN2, LOG2E, LOWEST, lanes_max, lanes_sum, log_sum, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
 from .reduce import reduce_sum
 from .rowwise import (
@@ -60,7 +60,7 @@ def kl_update(pair, factor, state, U: tl.constexpr, T: tl.constexpr, V: tl.const
     s1, s2, a = kl_move(state, top1, top2)
     u1, u2 = tl.fma(y1, factor, -spread(top1)), tl.fma(y2, factor, -spread(top2))
     w = tl.exp2(u1)
-    a += lanes_sum(tl.where(w > 0, w * (u1 - u2), 0.0))
+    a += lanes_dot(w, tl.where(w > 0, u1 - u2, 0.0))
     return top1, s1 + lanes_sum(w), top2, s2 + lanes_sum(tl.exp2(u2)), a
 
 

@@ -19,18 +19,17 @@ def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torc
 
 
 class Plane(NamedTuple):
-    """`rows` x `cols` elements, and one (row stride, column stride) for each tensor."""
+    """`sizes` = (outer, rows, cols), and (outer, row, column) strides for each tensor."""
 
-    rows: int
-    cols: int
-    strides: list[tuple[int, int]]
+    sizes: tuple[int, int, int]
+    strides: list[tuple[int, int, int]]
 
 
 def plane(*tensors: torch.Tensor) -> Plane | None:
-    """One common two-dimensional walk over tensors of one shape, or None where they have none."""
+    """One common walk of up to three dimensions over tensors of one shape, or None where they have none."""
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
-        return Plane(1, first.numel(), [(0, 1)] * len(tensors))
+        return Plane((1, 1, first.numel()), [(0, 0, 1)] * len(tensors))
     lengths = first.stride()
     order = sorted(range(first.dim()), key=lambda d: lengths[d], reverse=True)
     merged: list[list[int]] = []  # [size, stride of each tensor]
@@ -44,10 +43,11 @@ def plane(*tensors: torch.Tensor) -> Plane | None:
             merged[-1] = [merged[-1][0] * size, *strides]
         else:
             merged.append([size, *strides])
-    if len(merged) > 2:
+    if len(merged) > 3:
         return None
-    merged = [[1, *[0] * len(tensors)]] * (2 - len(merged)) + merged
-    return Plane(merged[0][0], merged[1][0], list(zip(merged[0][1:], merged[1][1:], strict=True)))
+    merged = [[1, *[0] * len(tensors)]] * (3 - len(merged)) + merged
+    outer, row, col = merged
+    return Plane((outer[0], row[0], col[0]), list(zip(outer[1:], row[1:], col[1:], strict=True)))
 
 
 def contiguous_plane(tensors: Sequence[torch.Tensor]) -> tuple[Plane, list[torch.Tensor]]:
@@ -55,7 +55,7 @@ def contiguous_plane(tensors: Sequence[torch.Tensor]) -> tuple[Plane, list[torch
     if (walk := plane(*tensors)) is not None:
         return walk, list(tensors)
     copies = [t.contiguous() for t in tensors]
-    return Plane(1, copies[0].numel(), [(0, 1)] * len(copies)), copies
+    return Plane((1, 1, copies[0].numel()), [(0, 0, 1)] * len(copies)), copies
 
 
 class Rows(NamedTuple):

@@ -7,7 +7,7 @@ q (x log2(e) - m) and b = sum q. Every maximum starts at LOWEST, which is finite
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, LOWEST, lanes_max, lanes_sum, scale2, spread
+from .numerics import LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, scale2, spread
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def lse_update(x, q, q_sum, m, s, a, b, DENSE: tl.constexpr, U: tl.constexpr, T:
             b = b + q * (U * V)
         else:
             q = tl.reshape(q, [q.shape[0], U, T, V])
-            a = a + tl.fma(b, m - top, lanes_sum(q * u))
+            a = a + tl.fma(b, m - top, lanes_dot(q, u))
             b = b + (lanes_sum(q) if q_sum is None else q_sum)
     return top, s, a, b
 

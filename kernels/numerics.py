@@ -16,6 +16,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
 # Triton 3.9 has a division that leaves out what only results and divisors beside the normal numbers need
 APPROXIMATE: tl.constexpr = tl.constexpr("approx" in inspect.signature(tl.fdiv).parameters)
+COMPILED: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -48,6 +49,23 @@ def log(x, SCALE: tl.constexpr = 0):
     return tl.fma(k.to(tl.float32), LN2 / 0x800000, tl.fma(f * f, g, f))
 
 
+@tl.core.builtin
+def for_cuda(_semantic=None):
+    """Whether this is compiled for a GPU of NVIDIA's: the compiler's target, where target_info asks the driver."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+@triton.jit
+def log2_approx(x, SUBNORMAL: tl.constexpr):
+    """log2(x), -inf at 0 and nan below, off by 2^-22, between 1/2 and 2 absolutely: for half precision. One
+    special-function operation; subnormal numbers are 0, or (SUBNORMAL) cost some more."""
+    if COMPILED and for_cuda():  # tl.log2 has no approximation there, and others have no such instruction
+        ASM: tl.constexpr = "lg2.approx.f32 $0, $1;" if SUBNORMAL else "lg2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(ASM, "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.log2(x)
+
+
 @triton.jit
 def log_positive(x):
     """log of a finite positive x, subnormal numbers among them."""
@@ -63,15 +81,21 @@ def log_any(x):
 
 
 @triton.jit
-def log1m_ratio(p):
-    """-log(1 - p) / p for p in [0, 1/2], 1 ulp: 1 + p g(p), g of degree 7 (minimax)."""
-    g = tl.fma(p, 1.4145477231456778, -1.63958976196845)
-    g = tl.fma(g, p, 1.2087141379996342)
-    g = tl.fma(g, p, -0.18095238774952135)
-    g = tl.fma(g, p, 0.2636909633754989)
-    g = tl.fma(g, p, 0.24368260504292866)
-    g = tl.fma(g, p, 0.33363212082127935)
-    g = tl.fma(g, p, 0.49999521720551154)
+def log1m_ratio(p, HALF: tl.constexpr = False):
+    """-log(1 - p) / p for p in [0, 1/2]: 1 + p g(p), g of degree 7 (minimax), 1 ulp; HALF: of degree 4, to 8e-6."""
+    if HALF:
+        g = tl.fma(p, 0.8238956928253174, -0.28044238686561584)
+        g = tl.fma(g, p, 0.38822290301322937)
+        g = tl.fma(g, p, 0.3169211447238922)
+        g = tl.fma(g, p, 0.5006147623062134)
+    else:
+        g = tl.fma(p, 1.4145477231456778, -1.63958976196845)
+        g = tl.fma(g, p, 1.2087141379996342)
+        g = tl.fma(g, p, -0.18095238774952135)
+        g = tl.fma(g, p, 0.2636909633754989)
+        g = tl.fma(g, p, 0.24368260504292866)
+        g = tl.fma(g, p, 0.33363212082127935)
+        g = tl.fma(g, p, 0.49999521720551154)
     return tl.fma(g, p, 1.0)
 
 
@@ -89,15 +113,22 @@ def log1p(x):
 
 
 @triton.jit
-def log1p_ratio(e):
-    """log(1 + e) / e for e in [0, 1]: 1 + e g(e), g of degree 7 (Chebyshev), 3 ulp, no special function."""
-    g = tl.fma(e, 0.007184105317048076, -0.03710757381816528)
-    g = tl.fma(g, e, 0.09019058437853808)
-    g = tl.fma(g, e, -0.14636260788549096)
-    g = tl.fma(g, e, 0.1953962885284444)
-    g = tl.fma(g, e, -0.2494623109007572)
-    g = tl.fma(g, e, 0.3333086049735581)
-    g = tl.fma(g, e, -0.4999998081414813)
+def log1p_ratio(e, HALF: tl.constexpr = False):
+    """log(1 + e) / e for e in [0, 1], no special function: 1 + e g(e), g of degree 7 (Chebyshev), 3 ulp; HALF: of
+    degree 4 (minimax), to 1e-5."""
+    if HALF:
+        g = tl.fma(e, -0.024734538048505783, 0.10359262675046921)
+        g = tl.fma(g, e, -0.21240419149398804)
+        g = tl.fma(g, e, 0.3262260854244232)
+        g = tl.fma(g, e, -0.49953946471214294)
+    else:
+        g = tl.fma(e, 0.007184105317048076, -0.03710757381816528)
+        g = tl.fma(g, e, 0.09019058437853808)
+        g = tl.fma(g, e, -0.14636260788549096)
+        g = tl.fma(g, e, 0.1953962885284444)
+        g = tl.fma(g, e, -0.2494623109007572)
+        g = tl.fma(g, e, 0.3333086049735581)
+        g = tl.fma(g, e, -0.4999998081414813)
     return tl.fma(g, e, 1.0)
 
 
@@ -161,8 +192,52 @@ def lanes_max(x):
 
 
 @triton.jit
+def lanes_min(x):
+    return tl.min(tl.min(x, 3), 1)
+
+
+@triton.jit
 def lanes_sum(x):
     return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit
+def twos(x):
+    """[N, V] -> [N, ..., 2], to be split again and again: the compiler is slow where each split has its reshape."""
+    if x.shape[1] == 8:
+        return tl.reshape(x, [x.shape[0], 2, 2, 2])
+    elif x.shape[1] == 4:
+        return tl.reshape(x, [x.shape[0], 2, 2])
+    else:
+        return tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
+
+
+@triton.jit
+def add_dot(total, a, b):
+    """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
+    if len(a.shape) == 1:
+        return tl.fma(a, b, total)
+    elif a.shape[1] == 1:
+        return tl.fma(tl.reshape(a, [a.shape[0]]), tl.reshape(b, [a.shape[0]]), total)
+    elif len(a.shape) == 2 and a.shape[1] > 2:
+        return add_dot(total, twos(a), twos(b))
+    else:
+        a0, a1 = tl.split(a)
+        b0, b1 = tl.split(b)
+        return add_dot(add_dot(total, a0, b0), a1, b1)
+
+
+@triton.jit
+def lanes_dot(a, b):
+    """The sums of a b [ROWS, U, T, V] over a lane. Two products are added by one fma: all by fma, as add_dot does, is
+    0.4 less an element, but a quarter of a second more to compile."""
+    if a.shape[3] == 1:
+        return lanes_sum(a * b)
+    else:
+        PAIRS: tl.constexpr = [a.shape[0], a.shape[1], a.shape[2], a.shape[3] // 2, 2]
+        a0, a1 = tl.split(tl.reshape(a, PAIRS))
+        b0, b1 = tl.split(tl.reshape(b, PAIRS))
+        return lanes_sum(tl.fma(a0, b0, a1 * b1))
 
 
 @triton.jit

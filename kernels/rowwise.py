@@ -46,6 +46,11 @@ def row_max(v):
 
 
 @triton.jit
+def row_min(v):
+    return tl.min(v, 1) if v.shape[0] > 1 else tl.min(v)
+
+
+@triton.jit
 def row_sum(v):
     return tl.sum(v, 1) if v.shape[0] > 1 else tl.sum(v)
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, store, tile_at, tile_mask, tiles_of, walk
+from .elementwise import NUM_WARPS, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch
 
 
 @kernel
 def scale_kernel(
     grad_ptr, dloss_ptr,
-    n_rows, n_cols, chunks, trips, grad_row, grad_col_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    n, rows, cols, per_row, per_col, trips, grad_outer, grad_row, grad_stride,
+    MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     g = tl.load(dloss_ptr).to(tl.float32)
     if g != 1.0:
-        grad = (grad_ptr, grad_row, grad_col_stride)
-        plan = tiles_of(n_rows, n_cols, chunks, trips, ROWS, BLOCK, FLAT)
-        for i in range(plan[3]):
-            at = tile_at(i, plan, ROWS, BLOCK)
-            store(grad, load(grad, at, None, WIDE) * g, at, None, WIDE)
-        for i in range(plan[3], plan[3] + plan[4]):
-            at, mask = tile_at(i, plan, ROWS, BLOCK), tile_mask(i, plan, n_rows, ROWS, BLOCK)
-            store(grad, load(grad, at, mask, WIDE) * g, at, mask, WIDE)
+        grad = (grad_ptr, grad_outer, grad_row, grad_stride)
+        period = (rows, cols, per_row, per_col)
+        plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+        for i in range(plan[2]):
+            at = tile_at(i, plan, period, BLOCK)
+            store(grad, load(grad, at, None, mode(MODES, 0), WIDE, V) * g, at, None, mode(MODES, 0), WIDE)
+        for i in range(plan[2], plan[2] + plan[3]):
+            at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+            store(grad, load(grad, at, limit, mode(MODES, 0), WIDE, V) * g, at, limit, mode(MODES, 0), WIDE)
 
 
 def scale(outputs, dloss, grad):
