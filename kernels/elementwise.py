@@ -138,7 +138,7 @@ def load_runs(source, at, limit, MODE: tl.constexpr, V: tl.constexpr):
         value = read(here, None if limit is None else first < limit).to(tl.float32)
         return tl.broadcast_to(tl.expand_dims(value, 1), [N, V])
     elif MODE % 4 == RUNS:
-        here = tl.expand_dims(tl.multiple_of(here, 16), 1)
+        here = tl.multiple_of(tl.expand_dims(here, 1), [16, 16])
         mask = None if limit is None else tl.expand_dims(first, 1) < limit
         if ptr.dtype.element_ty == tl.bfloat16:
             return load_pairs(here.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, V // 2)[None, :], mask)
