@@ -132,14 +132,14 @@ def bce_backward_kernel(
 
 
 def bce_forward(out, x, target, weight, reduction, dtype):
-    reduce = reduction != NONE
-    to = walk(None if reduce else out, x, target, weight, tile=TILE // 2)
+    reduce, half = reduction != NONE, x.element_size() == dtype.itemsize == 2
+    to = walk(None if reduce else out, x, target, weight, tile=TILE if half and reduce else TILE // 2)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
         constants=dict(
-            WEIGHT=weight is not None, REDUCE=reduce, HALF=x.element_size() == dtype.itemsize == 2,
+            WEIGHT=weight is not None, REDUCE=reduce, HALF=half,
             **to.constants,
         ),
         num_warps=NUM_WARPS,
