@@ -161,9 +161,11 @@ def entropy_forward(out, p, dim, reduction, dtype):
 
 def entropy_backward(dp, dloss, p, dim, reduction):
     reduce = reduction != NONE
-    to = walk(dp, None if reduce else dloss.unsqueeze(dim).expand_as(p), p, tile=TILE // 2)
+    each = None if reduce else dloss.unsqueeze(dim).expand_as(p)
+    to = walk(dp, each, p, tile=TILE // 2)
+    dloss = dloss if to.tensors[1] is each else to.tensors[1]  # an argument is known to tapes, a view of it is not
     launch(
-        entropy_backward_kernel, (to.programs,), to.tensors[0], dloss if reduce else to.tensors[1], to.tensors[2],
+        entropy_backward_kernel, (to.programs,), to.tensors[0], dloss, to.tensors[2],
         scalars=to.scalars | dict(scale=_scale(p, dim, reduction)) | to.stride_scalars("dp", "dloss", "p"),
         constants=dict(REDUCE=reduce, **to.constants), num_warps=NUM_WARPS,
     )  # fmt: skip
