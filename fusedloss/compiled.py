@@ -74,7 +74,7 @@ def tiles_each(launch: Any, elements: int) -> int:
     """The tiles of a program of this element-wise launch, were it over so many elements."""
     from .kernels.elementwise import trips_of
 
-    tile = launch.constants.get("ROWS", 1) * launch.constants["BLOCK"]
+    tile = launch.constants["BLOCK"]
     return trips_of(elements // tile, tile)
 
 

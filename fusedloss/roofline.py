@@ -97,7 +97,7 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
         return 1, (1,)
     tiles, unroll = launch.scalars["trips"], constants.get("UNROLL", 1)
     whole = (tiles // unroll, tiles % unroll) if unroll > 1 else (tiles,)
-    return tiles * constants.get("ROWS", 1) * constants["BLOCK"] // threads, (*whole, 0)
+    return tiles * constants["BLOCK"] // threads, (*whole, 0)
 
 
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:

@@ -138,10 +138,7 @@ def bce_forward(out, x, target, weight, reduction, dtype):
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
         scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
-        constants=dict(
-            WEIGHT=weight is not None, REDUCE=reduce, HALF=half,
-            **to.constants,
-        ),
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, HALF=half, **to.constants),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:

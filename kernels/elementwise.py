@@ -195,8 +195,8 @@ def store(to, value, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def lanes(tile, V: tl.constexpr, WIDE: tl.constexpr):
-    """[ROWS, BLOCK] -> [lanes, V], a lane's elements in one thread: neighbours where accesses are wide."""
-    LANES: tl.constexpr = tile.shape[0] * tile.shape[1] // V
+    """[1, BLOCK] -> [lanes, V], a lane's elements in one thread: neighbours where accesses are wide."""
+    LANES: tl.constexpr = tile.shape[1] // V
     if WIDE:
         return tl.reshape(tile, [LANES, V])
     else:
@@ -224,9 +224,8 @@ class Walk(NamedTuple):
     @property
     def scalars(self) -> dict[str, int]:
         outer, rows, cols = self.sizes
-        return dict(n=outer * rows * cols, rows=rows, cols=cols, per_row=2**31 // max(rows, 2) + 1,
-                    per_col=2**31 // max(cols, 2) + 1,
-                    trips=self.trips)  # fmt: skip
+        per_row, per_col = (2**31 // max(size, 2) + 1 for size in (rows, cols))
+        return dict(n=outer * rows * cols, rows=rows, cols=cols, per_row=per_row, per_col=per_col, trips=self.trips)
 
     @property
     def constants(self) -> dict[str, int | bool]:
