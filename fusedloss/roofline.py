@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
-    """(elements a thread, trips of each loop) of one program, in the order of the code.
+    """(elements a thread, trips of each loop) of one program, or of those of a row, in the order of the code.
 
     A long row: whole blocks without a mask, whole parts of the label's block and of the tail where a part is
     less than a block, masked parts; a kernel that walks a row twice has these loops twice. A tile of short rows:
@@ -103,9 +103,11 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     """Machine instructions and special-function operations an element; of a branch within a loop, both sides count."""
     elements, counts = trips(launch, cols)
+    # in forward a very long row has several programs, whatever the number of rows
+    programs = launch.grid[1] if "_forward_" in code.name and len(launch.grid) > 1 else 1
     if len(code.loops) % len(counts):  # the compiler saw that one of them never runs
         counts = tuple(c for c in counts if c) or counts
-    instructions, special = float(code.outside.instructions), float(code.outside.special)
+    instructions, special = float(programs * code.outside.instructions), float(programs * code.outside.special)
     for k, loop in enumerate(code.loops):
         times = float(counts[k % len(counts)])
         once = 0  # bytes that the loop loads in a trip, where another loop tells
@@ -150,7 +152,7 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
     found = []
     for launch in launches(lambda: forward_backward(case, inputs, reduction=reduction)):
         code = compile_launch(launch, gpu.target)
-        if code.name in ("sum_kernel", "means_kernel", "factors_kernel", "scale_kernel"):
+        if not code.name.endswith(("_forward_kernel", "_backward_kernel")):
             continue
         forward = "forward" in code.name
         if flat:

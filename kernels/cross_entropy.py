@@ -15,16 +15,15 @@ import triton.language as tl
 from .launch import kernel, launch, scratch
 from .layout import vector
 from .logsumexp import lse_join, lse_meet, lse_start, lse_update
-from .numerics import LN2, log_sum, softplus
 from .operators import MEAN, NONE
-from .reduce import count_factors, reduce_means
+from .reduce import count_factors, join_rows
 from .rowwise import (
-    EDGE, at_label, block_lanes, clean_col, column, edge_cols, masked_col, others_of, part_col, rows_at, schedule,
-    total,
+    EDGE, at_label, block_lanes, clean_col, column, edge_cols, has_edges, masked_col, may_split, others_of,
+    part_col, rows_at, schedule, total,
 )  # fmt: skip
 from .targets import (
-    label_gradient, load_label, load_label_logit, load_others, load_q, load_x, meet_label,
-    probabilities_gradient, put_rows,
+    label_gradient, load_label, load_label_logit, load_others, load_q, load_x, probabilities_gradient, put_rows,
+    row_loss,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -43,7 +42,7 @@ def cross_entropy_forward_kernel(
     outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
-    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
+    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.where(live, 1.0, 0.0), live
     if not PROBS:
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
@@ -52,24 +51,24 @@ def cross_entropy_forward_kernel(
     beyond = tl.where(kept, plan[1], 0) if DENSE or CAP else None
     m, s, a, b = lse_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    for i in range(plan[4]):
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
         col = clean_col(i, plan, U * T * V)
         x = load_x(x_from, col, lane, None, CAP, HINT)
         q = load_q(q_from, col, lane, None, PROBS, WEIGHT, HINT)[0] if DENSE else 0.0
         m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, U, T, V)
-    for i in range(plan[5]):
+    for i in range(plan[6]):
         col = part_col(i, plan, U // UP, UP * T * V)
         x = load_x(x_from, col, part, None, CAP, HINT)
         q = load_q(q_from, col, part, None, PROBS, WEIGHT, HINT)[0] if DENSE else 0.0
         m, s, a, b = lse_update(x, q, None, m, s, a, b, DENSE, UP, T, V)
-    for i in range(plan[6]):
+    for i in range(plan[7]):
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
                            at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
         q_sum = shift * others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
-    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
         edge = edge_cols(plan)
         left_out = (edge == label) | (edge >= tl.where(kept, n_cols, 0))
         x, q = load_others(x_from, q_from, 0, edge, (kept, 0, n_cols), left_out, DENSE, PROBS, WEIGHT, CAP, 1)
@@ -77,31 +76,27 @@ def cross_entropy_forward_kernel(
         m2, s2, a2, b2 = lse_update(x, q, None, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
         m2, s2, a2, b2 = lse_join(m2, s2, a2, b2)
         m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
-    if PROBS:
-        lse = log_sum(s)
-        full_lse = tl.fma(m, LN2, lse)
-        loss = tl.fma(b, lse, a * -LN2)
-    else:
-        x_y = load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
-        z, lse, full_lse = meet_label(x_y, m, s)
-        loss = w_y * softplus(z)
-        if SMOOTH:
-            loss = tl.fma(keep + shift, loss, tl.fma(b, lse, a * -LN2))  # the label's, and the others'
+    x_y = 0.0 if PROBS else load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
+    loss, z_loss = row_loss((m, s, a, b), x_y, w_y, kept, keep, shift, z_factor, PROBS, SMOOTH, Z)
     at = rows_ptr + row
+    if REDUCE and may_split(T):
+        split = tl.num_programs(1) > 1
+        at += tl.program_id(1).to(tl.int64) * n_rows * (4 if DENSE else 2)
+        if DENSE:
+            tl.store(at + 3 * n_rows, a, mask=split)
     tl.store(at, m, mask=live)
     tl.store(at + n_rows, s, mask=live)
     if DENSE:
         tl.store(at + 2 * n_rows, b, mask=live)
-    loss = tl.where(kept, loss, 0.0)
-    if Z:
-        z_loss = tl.where(kept, z_factor * full_lse * full_lse, 0.0)
     if REDUCE:
-        part, parts = loss_ptr + tl.program_id(0), tl.num_programs(0)
-        tl.store(part, total(loss))
-        tl.store(part + parts, total(tl.where(kept, 1.0, 0.0) if PROBS else w_y))
+        part, parts, first = loss_ptr + tl.program_id(0), tl.num_programs(0), tl.program_id(1) == 0
+        tl.store(part, tl.where(split, x_y, loss) if may_split(T) else total(loss), mask=first)
+        tl.store(part + parts, total(w_y), mask=first)
         if Z:
-            tl.store(part + 2 * parts, total(z_loss))
-            tl.store(part + 3 * parts, total(tl.where(kept, 1.0, 0.0)))
+            tl.store(part + 2 * parts, total(z_loss), mask=first)
+            tl.store(part + 3 * parts, total(tl.where(kept, 1.0, 0.0)), mask=first)
+        elif may_split(T):
+            tl.store(part + 3 * parts, tl.where(kept, 1.0, 0.0), mask=first & split)
     else:
         if Z:
             loss += z_loss
@@ -115,6 +110,7 @@ def cross_entropy_forward_kernel(
             p, dy, lse = probabilities_gradient(g, g_z, m, s, b, z_factor, Z)
         else:
             p, dy = label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH, Z)
+            lse = m  # not asked for
         to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride, None, 0, 0)
         put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
                  PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, UP, T, V, HINT)  # fmt: skip
@@ -133,7 +129,7 @@ def cross_entropy_backward_kernel(
     outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
-    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
+    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.where(live, 1.0, 0.0), live
     if not PROBS:
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
@@ -204,13 +200,14 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
         narrow=narrow, loads=2 if dense or softcap else 4, twice=dx is not None,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
-    parts = scratch(x, 4, walk.programs) if reduce else loss
+    parts, splits = scratch(x, 4, walk.programs) if reduce else loss, walk.splits if reduce and dx is None else 1
+    stats = scratch(x, splits, 4 if dense else 2, walk.rows) if splits > 1 else saved
+    options = _options(walk.cols, label_smoothing, z_loss, softcap)
     launch(
-        cross_entropy_forward_kernel, (walk.programs,),
-        parts, z, saved, walk.tensors[2], walk.tensors[0], target, weight,
+        cross_entropy_forward_kernel, (walk.programs, splits),
+        parts, z, stats, walk.tensors[2], walk.tensors[0], target, weight,
         scalars=dict(
-            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index,
-            **_options(walk.cols, label_smoothing, z_loss, softcap),
+            inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, ignore_index=ignore_index, **options,
             factor=1.0 / walk.rows if reduction == MEAN else 1.0,
             **stride_scalars(("dx", walk.strides[2]), ("x", walk.strides[0]), ("target", target_strides)),
         ),
@@ -222,7 +219,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
-        reduce_means(loss, z, saved, saved.numel() - 2, parts, z_loss != 0.0, reduction == MEAN)
+        join_rows(loss, z, saved, parts, stats, splits, options, probs, reduction == MEAN)
     walk.restore(2, dx)
 
 

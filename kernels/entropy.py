@@ -16,7 +16,8 @@ from .numerics import LN2, add_dot, lanes_dot, lanes_min, log, log2_approx, log_
 from .operators import MEAN, NONE
 from .reduce import reduce_sum
 from .rowwise import (
-    block_lanes, clean_col, column, edge_cols, load_run, masked_col, part_col, row_min, row_sum, rows_at, schedule,
+    block_lanes, clean_col, column, edge_cols, has_edges, load_run, masked_col, part_col, row_min, row_sum, rows_at,
+    schedule,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -82,18 +83,18 @@ def entropy_rows_forward_kernel(
     plan = schedule(p_at, n_cols, tl.full(d.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     state = tl.zeros([ROWS, T], tl.float32), tl.zeros([ROWS, T], tl.float32)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    for i in range(plan[4]):
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
         p = load_run(p_ptr, at, clean_col(i, plan, U * T * V), lane, p_class_stride, None, HINT)
         state = add_block(p, state, HALF, U, T, V)
-    for i in range(plan[5]):
+    for i in range(plan[6]):
         p = load_run(p_ptr, at, part_col(i, plan, U // UP, UP * T * V), part, p_class_stride, None, HINT)
         state = add_block(p, state, HALF, UP, T, V)
-    for i in range(plan[6]):
+    for i in range(plan[7]):
         bounds = (live, plan[0], plan[1])
         p = load_run(p_ptr, at, masked_col(i, plan, UP * T * V), part, p_class_stride, bounds, HINT)
         state = add_block(p, state, HALF, UP, T, V)
     total, least = row_sum(state[0]), row_min(state[1])
-    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
         p = load_run(p_ptr, at, 0, edge_cols(plan), p_class_stride, (live, 0, n_cols), 1)
         total += tl.sum(p * log_finite(p, HALF))
         least = tl.minimum(least, tl.min(p))

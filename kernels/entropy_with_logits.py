@@ -15,10 +15,9 @@ from .launch import kernel, launch, scratch
 from .layout import vector
 from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import MEAN, NONE
-from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col, row_max,
-    row_sum, rows_at, schedule, shares, store_block, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, load_run, masked_col,
+    may_split, part_col, row_max, row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -65,6 +64,21 @@ def entropy_join(state):
 
 
 @triton.jit
+def entropy_meet(one, other):
+    """Two parts of the same rows to one."""
+    top = tl.maximum(one[0], other[0])
+    s, a = entropy_move(one, top)
+    t, b = entropy_move(other, top)
+    return top, s + t, a + b
+
+
+@triton.jit
+def row_loss(s, mean):
+    loss = tl.fma(mean, -LN2, log_sum(s))
+    return tl.where(loss < 0, 0.0, loss)
+
+
+@triton.jit
 def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
     """dx = k 2^u (u - mean) for one block."""
     dx_ptr, dx_at, dx_stride = to
@@ -79,23 +93,20 @@ def put_gradient(to, x_from, col, lane, bounds, values, HINT: tl.constexpr):
 def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr,
              T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
-    last, shared among the programs of the second grid axis."""
+    last, dealt out among the programs of the second grid axis."""
     x_at, n_cols, live = rows
     plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    if ROWS == 1:
-        begin, share = shares(plan[4])
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradient(to, x_from, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values, HINT)
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            put_gradient(to, x_from, part_col(i, plan, U // UP, UP * T * V), part, None, values, HINT)
-        for i in range(plan[6]):
-            col = masked_col(i, plan, UP * T * V)
-            put_gradient(to, x_from, col, part, (live, plan[0], plan[1]), values, HINT)
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
+        put_gradient(to, x_from, clean_col(plan[5] - 1 - i, plan, U * T * V), lane, None, values, HINT)
+    for i in range(plan[6]):
+        put_gradient(to, x_from, part_col(i, plan, U // UP, UP * T * V), part, None, values, HINT)
+    for i in range(plan[7]):
+        col = masked_col(i, plan, UP * T * V)
+        put_gradient(to, x_from, col, part, (live, plan[0], plan[1]), values, HINT)
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
+        edge = edge_cols(plan)
+        put_gradient(to, x_from, 0, edge, (live, 0, n_cols), values, 1)
 
 
 @kernel
@@ -112,40 +123,63 @@ def entropy_with_logits_forward_kernel(
     plan = schedule(x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = entropy_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    for i in range(plan[4]):
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
         x = load_x(x_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = entropy_update(x, state, U, T, V)
-    for i in range(plan[5]):
+    for i in range(plan[6]):
         x = load_x(x_from, part_col(i, plan, U // UP, UP * T * V), part, None, HINT)
         state = entropy_update(x, state, UP, T, V)
-    for i in range(plan[6]):
+    for i in range(plan[7]):
         col = masked_col(i, plan, UP * T * V)
         x = load_x(x_from, col, part, (live, plan[0], plan[1]), HINT)
         state = entropy_update(x, state, UP, T, V)
     m, s, a = entropy_join(state)
-    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
         edge = edge_cols(plan)
         x = load_x(x_from, 0, edge, (live, 0, n_cols), 1)
-        edges = entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1))
-        top = tl.maximum(m, edges[0])
-        s, a = entropy_move((m, s, a), top)
-        edge_s, edge_a = entropy_move(edges, top)
-        m, s, a = top, s + edge_s, a + edge_a
-    mean = a / s
-    row = outer * inner + d
-    tl.store(stats_ptr + row, m, mask=live)
-    tl.store(stats_ptr + n_rows + row, s, mask=live)
-    tl.store(stats_ptr + 2 * n_rows + row, mean, mask=live)
-    loss = tl.fma(mean, -LN2, log_sum(s))
-    loss = tl.where(live & ~(loss < 0), loss, 0.0)
+        m, s, a = entropy_meet((m, s, a), entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1)))
+    mean, row = a / s, outer * inner + d
+    at, third = stats_ptr + row, mean
+    if may_split(T):
+        at += tl.program_id(1).to(tl.int64) * n_rows * 3
+        third = tl.where(tl.num_programs(1) > 1, a, mean)
+    tl.store(at, m, mask=live)
+    tl.store(at + n_rows, s, mask=live)
+    tl.store(at + 2 * n_rows, third, mask=live)
+    loss = tl.where(live, row_loss(s, mean), 0.0)
     if REDUCE:
-        tl.store(loss_ptr + tl.program_id(0), total(loss))
+        tl.store(loss_ptr + tl.program_id(0), total(loss), mask=tl.program_id(1) == 0)
     else:
         tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty), mask=live)
     if GRAD:
         values = (column(m), column(mean), column(scale / s * -LN2))
         to = (dx_ptr, column(outer * dx_outer + d * dx_inner), dx_class_stride)
         put_rows(to, x_from, values, (x_at, n_cols, live), ROWS, U, UP, T, V, HINT)
+
+
+@kernel
+def entropy_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n, splits, scale, BLOCK: tl.constexpr):
+    """The sum of the parts, which are a row each where rows are split: those are joined first."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    loss_sum = zero
+    for start in range(0, n, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        there = row < n
+        loss = tl.load(part_ptr + row, mask=there, other=0.0)
+        if splits > 1:
+            state = zero + LOWEST, zero, zero
+            for k in range(splits):
+                at = split_ptr + tl.full([], k, tl.int64) * n * 3 + row
+                m, s = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
+                state = entropy_meet(state, (m, s, tl.load(at + 2 * n, mask=there, other=0.0)))
+            m, s, a = state
+            mean, at = a / s, stats_ptr + row
+            tl.store(at, m, mask=there)
+            tl.store(at + n, s, mask=there)
+            tl.store(at + 2 * n, mean, mask=there)
+            loss = tl.where(there, row_loss(s, mean), 0.0)
+        loss_sum += loss
+    tl.store(loss_ptr, (tl.sum(loss_sum) * scale).to(loss_ptr.dtype.element_ty))
 
 
 @kernel
@@ -189,9 +223,10 @@ def entropy_with_logits_forward_grad(outputs, x, dim, reduction, dtype):
 def _forward(loss, stats, dx, x, dim, reduction):
     walk = row_walk(dim, x, dx, narrow=4, loads=2, twice=dx is not None)
     reduce = reduction != NONE
-    parts = scratch(x, walk.programs) if reduce else loss
+    parts, splits = scratch(x, walk.programs) if reduce else loss, walk.splits if reduce and dx is None else 1
+    split = scratch(x, splits, 3, walk.rows) if splits > 1 else stats
     launch(
-        entropy_with_logits_forward_kernel, (walk.programs,), parts, stats, walk.tensors[1], walk.tensors[0],
+        entropy_with_logits_forward_kernel, (walk.programs, splits), parts, split, walk.tensors[1], walk.tensors[0],
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows, scale=_scale(x, dim, reduction),
             **stride_scalars(("dx", walk.strides[1]), ("x", walk.strides[0])),
@@ -200,7 +235,11 @@ def _forward(loss, stats, dx, x, dim, reduction):
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
-        reduce_sum(loss, parts, _scale(x, dim, reduction))
+        launch(
+            entropy_with_logits_join_kernel, (1,), loss, stats, parts, split,
+            scalars=dict(n=walk.programs, splits=splits, scale=_scale(x, dim, reduction)),
+            constants=dict(BLOCK=1024), num_warps=8,
+        )  # fmt: skip
     walk.restore(1, dx)
 
 

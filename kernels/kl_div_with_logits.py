@@ -18,10 +18,9 @@ import triton.language as tl
 from .launch import kernel, launch, scratch
 from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
-from .reduce import reduce_sum
 from .rowwise import (
-    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, masked_col, part_col, row_max,
-    row_sum, rows_at, schedule, shares, store_block, total,
+    EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, load_run, masked_col,
+    may_split, part_col, row_max, row_sum, rows_at, schedule, store_block, total,
 )  # fmt: skip
 from .tiling import row_walk, stride_scalars
 
@@ -82,6 +81,12 @@ def kl_meet(one, other):
 
 
 @triton.jit
+def row_loss(s1, s2, mean):
+    loss = tl.fma(mean, LN2, log_sum(s2 / s1))
+    return tl.where(loss < 0, 0.0, loss)
+
+
+@triton.jit
 def put_gradients(to, pair_from, factor, col, lane, bounds, values, FIRST_GRAD: tl.constexpr,
                   SECOND_GRAD: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """d1 = k1 ln 2 2^u1 ((u1 - u2) - mean) and d2 = k2 2^u2 - k1 2^u1 for one block, k = g / s."""
@@ -104,27 +109,24 @@ def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECO
              ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
              HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
-    last, shared among the programs of the second grid axis."""
+    last, dealt out among the programs of the second grid axis."""
     first_at, n_cols, live = rows
     plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    if ROWS == 1:
-        begin, share = shares(plan[4])
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradients(to, pair_from, factor, clean_col(plan[4] - 1 - i, plan, U * T * V), lane, None, values,
-                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            put_gradients(to, pair_from, factor, part_col(i, plan, U // UP, UP * T * V), part, None, values,
-                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-        for i in range(plan[6]):
-            col = masked_col(i, plan, UP * T * V)
-            put_gradients(to, pair_from, factor, col, part, (live, plan[0], plan[1]), values,
-                          FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
-                          FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
+        put_gradients(to, pair_from, factor, clean_col(plan[5] - 1 - i, plan, U * T * V), lane, None, values,
+                      FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+    for i in range(plan[6]):
+        put_gradients(to, pair_from, factor, part_col(i, plan, U // UP, UP * T * V), part, None, values,
+                      FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+    for i in range(plan[7]):
+        col = masked_col(i, plan, UP * T * V)
+        put_gradients(to, pair_from, factor, col, part, (live, plan[0], plan[1]), values,
+                      FIRST_GRAD, SECOND_GRAD, HINT)  # fmt: skip
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
+        edge = edge_cols(plan)
+        put_gradients(to, pair_from, factor, 0, edge, (live, 0, n_cols), values,
+                      FIRST_GRAD, SECOND_GRAD, 1)  # fmt: skip
 
 
 @kernel
@@ -144,37 +146,68 @@ def kl_div_with_logits_forward_kernel(
     plan = schedule(first_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = kl_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    for i in range(plan[4]):
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
         pair = load_pair(pair_from, clean_col(i, plan, U * T * V), lane, None, HINT)
         state = kl_update(pair, factor, state, U, T, V)
-    for i in range(plan[5]):
+    for i in range(plan[6]):
         pair = load_pair(pair_from, part_col(i, plan, U // UP, UP * T * V), part, None, HINT)
         state = kl_update(pair, factor, state, UP, T, V)
-    for i in range(plan[6]):
+    for i in range(plan[7]):
         col = masked_col(i, plan, UP * T * V)
         pair = load_pair(pair_from, col, part, (live, plan[0], plan[1]), HINT)
         state = kl_update(pair, factor, state, UP, T, V)
     state = kl_join(state)
-    if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
         edge = edge_cols(plan)
         pair = load_pair(pair_from, 0, edge, (live, 0, n_cols), 1)
         state = kl_meet(state, kl_join(kl_update(pair, factor, kl_start(1, EDGE), 1, EDGE, 1)))
     m1, s1, m2, s2, a = state
-    mean = a / s1
-    at = stats_ptr + outer * inner + d
+    mean, at = a / s1, stats_ptr + outer * inner + d
+    fifth = mean
+    if may_split(T):
+        at += tl.program_id(1).to(tl.int64) * n_rows * 5
+        fifth = tl.where(tl.num_programs(1) > 1, a, mean)
     tl.store(at, m1, mask=live)
     tl.store(at + n_rows, s1, mask=live)
     tl.store(at + 2 * n_rows, m2, mask=live)
     tl.store(at + 3 * n_rows, s2, mask=live)
-    tl.store(at + 4 * n_rows, mean, mask=live)
-    loss = tl.fma(mean, LN2, log_sum(s2 / s1))
-    tl.store(loss_ptr + tl.program_id(0), total(tl.where(live & ~(loss < 0), loss, 0.0)))
+    tl.store(at + 4 * n_rows, fifth, mask=live)
+    loss = total(tl.where(live, row_loss(s1, s2, mean), 0.0))
+    tl.store(loss_ptr + tl.program_id(0), loss, mask=tl.program_id(1) == 0)
     if FIRST_GRAD or SECOND_GRAD:
         values = (column(m1), column(scale / s1), column(m2), column(scale / s2), column(mean))
         to = (d1_ptr, column(outer * d1_outer + d * d1_inner), d1_class_stride,
               d2_ptr, column(outer * d2_outer + d * d2_inner), d2_class_stride)  # fmt: skip
         put_rows(to, pair_from, factor, values, (first_at, n_cols, live),
                  FIRST_GRAD, SECOND_GRAD, ROWS, U, UP, T, V, HINT)  # fmt: skip
+
+
+@kernel
+def kl_div_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n, splits, scale, BLOCK: tl.constexpr):
+    """The sum of the parts, which are a row each where rows are split: those are joined first."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    loss_sum = zero
+    for start in range(0, n, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        there = row < n
+        loss = tl.load(part_ptr + row, mask=there, other=0.0)
+        if splits > 1:
+            state = zero + LOWEST, zero, zero + LOWEST, zero, zero
+            for k in range(splits):
+                at = split_ptr + tl.full([], k, tl.int64) * n * 5 + row
+                m1, s1 = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
+                m2, s2 = tl.load(at + 2 * n, mask=there, other=LOWEST), tl.load(at + 3 * n, mask=there, other=0.0)
+                state = kl_meet(state, (m1, s1, m2, s2, tl.load(at + 4 * n, mask=there, other=0.0)))
+            m1, s1, m2, s2, a = state
+            mean, at = a / s1, stats_ptr + row
+            tl.store(at, m1, mask=there)
+            tl.store(at + n, s1, mask=there)
+            tl.store(at + 2 * n, m2, mask=there)
+            tl.store(at + 3 * n, s2, mask=there)
+            tl.store(at + 4 * n, mean, mask=there)
+            loss = tl.where(there, row_loss(s1, s2, mean), 0.0)
+        loss_sum += loss
+    tl.store(loss_ptr, (tl.sum(loss_sum) * scale).to(loss_ptr.dtype.element_ty))
 
 
 @kernel
@@ -225,10 +258,11 @@ def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
     nothing = (0, 0, 0)
     strides = [*_sides(walk.strides[2], nothing, reverse), *_sides(*walk.strides[:2], reverse)]
     grads = _sides(walk.tensors[2], None, reverse)
-    parts = scratch(x, walk.programs)
+    parts, splits = scratch(x, walk.programs), walk.splits if dx is None else 1
+    split = scratch(x, splits, 5, walk.rows) if splits > 1 else stats
     launch(
-        kl_div_with_logits_forward_kernel, (walk.programs,),
-        parts, stats, *grads, *_sides(*walk.tensors[:2], reverse),
+        kl_div_with_logits_forward_kernel, (walk.programs, splits),
+        parts, split, *grads, *_sides(*walk.tensors[:2], reverse),
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
             factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
@@ -239,7 +273,11 @@ def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
         ),
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
-    reduce_sum(loss, parts, temperature * temperature * _scale(x, reduction))
+    launch(
+        kl_div_with_logits_join_kernel, (1,), loss, stats, parts, split,
+        scalars=dict(n=walk.programs, splits=splits, scale=temperature * temperature * _scale(x, reduction)),
+        constants=dict(BLOCK=1024), num_warps=8,
+    )  # fmt: skip
     walk.restore(2, dx)
 
 

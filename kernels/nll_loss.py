@@ -14,8 +14,8 @@ from .layout import contiguous_rows, vector
 from .operators import MEAN, NONE
 from .reduce import reduce_means
 from .rowwise import (
-    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, masked_col, part_col, rows_at, schedule,
-    shares, store_block,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, masked_col, part_col,
+    rows_at, schedule, store_block,
 )  # fmt: skip
 from .targets import load_label
 from .tiling import row_walk, stride_scalars
@@ -78,20 +78,17 @@ def nll_loss_backward_kernel(
     to = (dx_ptr, column(dx_at), dx_class_stride)
     plan = schedule(dx_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    if ROWS == 1:
-        begin, share = shares(plan[4])
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            put_gradient(to, clean_col(i, plan, U * T * V), lane, None, None, dy, rest, HINT)
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, None, dy, rest, HINT)
-        for i in range(plan[6]):
-            col = masked_col(i, plan, UP * T * V)
-            is_label = at_label(col, label, None, UP, T, V)
-            put_gradient(to, col, part, (live, plan[0], plan[1]), is_label, dy, rest, HINT)
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradient(to, 0, edge, (live, 0, n_cols), edge == label, dy, rest, 1)
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
+        put_gradient(to, clean_col(i, plan, U * T * V), lane, None, None, dy, rest, HINT)
+    for i in range(plan[6]):
+        put_gradient(to, part_col(i, plan, U // UP, UP * T * V), part, None, None, dy, rest, HINT)
+    for i in range(plan[7]):
+        col = masked_col(i, plan, UP * T * V)
+        is_label = at_label(col, label, None, UP, T, V)
+        put_gradient(to, col, part, (live, plan[0], plan[1]), is_label, dy, rest, HINT)
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
+        edge = edge_cols(plan)
+        put_gradient(to, 0, edge, (live, 0, n_cols), edge == label, dy, rest, 1)
 
 
 def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype):
@@ -113,7 +110,7 @@ def nll_loss_forward(outputs, x, target, weight, ignore_index, reduction, dtype)
         num_warps=4,
     )  # fmt: skip
     if reduce:
-        reduce_means(loss, None, scale, 0, parts, False, reduction == MEAN)
+        reduce_means(loss, scale, parts, reduction == MEAN)
 
 
 def nll_loss_backward(dx, dloss, x, target, weight, scale, ignore_index, reduction):

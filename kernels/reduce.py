@@ -1,12 +1,16 @@
-"""The second launch of a reduced loss: partial sums to sum(loss) / sum(weight) + sum(z) / count."""
+"""The second launch of a reduced loss: partial sums to sum(loss) / sum(weight) + sum(z) / count. Losses from logits
+have their own (`*_join_kernel`), which also joins the parts of very long rows."""
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from .launch import kernel, launch
-from .targets import load_label
+from .logsumexp import lse_meet
+from .numerics import LOWEST
+from .targets import load_label, row_loss
 
 BLOCK = 4096
 
@@ -29,21 +33,10 @@ def reduce_sum(out: torch.Tensor, parts: torch.Tensor, scale: float) -> None:
     )  # fmt: skip
 
 
-@kernel
-def means_kernel(
-    loss_ptr, z_ptr, scale_ptr, part_ptr, n, at, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK], tl.float32)
-    loss, weight, z, count = zero, zero, zero, zero
-    for start in range(0, n, BLOCK):
-        place = part_ptr + start + lane
-        mask = start + lane < n
-        loss += tl.load(place, mask=mask, other=0.0)
-        weight += tl.load(place + n, mask=mask, other=0.0)
-        if Z:
-            z += tl.load(place + 2 * n, mask=mask, other=0.0)
-            count += tl.load(place + 3 * n, mask=mask, other=0.0)
+@triton.jit
+def put_means(to, loss, weight, z, count, Z: tl.constexpr, MEAN: tl.constexpr):
+    """loss, z <- sums over the lanes, divided by those of the weights and of the count where MEAN; and both factors."""
+    loss_ptr, z_ptr, scale_ptr = to
     scale, z_scale, total = 1.0, 1.0, tl.sum(loss)
     if MEAN:
         scale = 1.0 / tl.sum(weight)
@@ -56,16 +49,79 @@ def means_kernel(
         tl.store(z_ptr, z_total.to(z_ptr.dtype.element_ty))
         total += z_total
     tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
-    tl.store(scale_ptr + at, scale)
-    tl.store(scale_ptr + at + 1, z_scale)
+    tl.store(scale_ptr, scale)
+    tl.store(scale_ptr + 1, z_scale)
 
 
-def reduce_means(loss, z, saved, at: int, parts: torch.Tensor, with_z: bool, mean: bool) -> None:
-    """loss, z <- sums of the parts' rows (loss, weight, z, count), divided where `mean`; saved[at:] <-
-    the factors of both, for backward."""
+@kernel
+def means_kernel(loss_ptr, scale_ptr, part_ptr, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    loss, weight = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        place, mask = part_ptr + start + lane, start + lane < n
+        loss += tl.load(place, mask=mask, other=0.0)
+        weight += tl.load(place + n, mask=mask, other=0.0)
+    put_means((loss_ptr, loss_ptr, scale_ptr), loss, weight, loss, weight, False, MEAN)
+
+
+def reduce_means(loss, scale, parts: torch.Tensor, mean: bool) -> None:
+    """loss <- the sum of parts[0], divided by that of parts[1] where `mean`; scale <- the factor, twice."""
     launch(
-        means_kernel, (1,), loss, z, saved, parts, scalars=dict(n=parts.shape[1], at=at),
-        constants=dict(Z=with_z, MEAN=mean, BLOCK=1024), num_warps=8,
+        means_kernel, (1,), loss, scale, parts, scalars=dict(n=parts.shape[1]),
+        constants=dict(MEAN=mean, BLOCK=1024), num_warps=8,
+    )  # fmt: skip
+
+
+@kernel
+def cross_entropy_join_kernel(
+    loss_ptr, z_ptr, saved_ptr, part_ptr, split_ptr, n, n_rows, splits, keep, shift, z_factor,
+    PROBS: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The means of the parts, which are a row each where rows are split: those are joined first."""
+    DENSE: tl.constexpr = PROBS or SMOOTH
+    zero = tl.zeros([BLOCK], tl.float32)
+    loss_sum, weight_sum, z_sum, count = zero, zero, zero, zero
+    for start in range(0, n, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        there, part = row < n, part_ptr + row
+        loss, w_y = tl.load(part, mask=there, other=0.0), tl.load(part + n, mask=there, other=0.0)
+        kept = tl.load(part + 3 * n, mask=row < (n if Z else tl.where(splits > 1, n, 0)), other=0.0)
+        z_loss = tl.load(part + 2 * n, mask=row < tl.where(splits > 1, 0, n), other=0.0) if Z else zero
+        if splits > 1:
+            m, s, a, b = zero + LOWEST, zero, zero, zero
+            for k in range(splits):
+                at, a2, b2 = split_ptr + tl.full([], k, tl.int64) * n * (4 if DENSE else 2) + row, zero, zero
+                m2, s2 = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
+                if DENSE:
+                    b2 = tl.load(at + 2 * n, mask=there, other=0.0)
+                    a2 = tl.load(at + 3 * n, mask=there, other=0.0)
+                m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
+            tl.store(saved_ptr + row, m, mask=there)
+            tl.store(saved_ptr + n + row, s, mask=there)
+            if DENSE:
+                tl.store(saved_ptr + 2 * n + row, b, mask=there)
+            loss, z_loss = row_loss((m, s, a, b), loss, w_y, kept > 0, keep, shift, z_factor, PROBS, SMOOTH, Z)
+        loss_sum, weight_sum, z_sum, count = loss_sum + loss, weight_sum + w_y, z_sum + z_loss, count + kept
+    to = loss_ptr, z_ptr, saved_ptr + (3 if DENSE else 2) * n_rows
+    put_means(to, loss_sum, weight_sum, z_sum, count, Z, MEAN)
+
+
+def join_rows(
+    loss, z, saved, parts: torch.Tensor, stats: torch.Tensor, splits: int, options: dict, probs: bool, mean: bool
+) -> None:
+    """Cross entropy's loss and z from what a launch left in `parts`: sums of (loss, weight, z, count), or, where rows
+    are split, each row's (label's logit, weight, nothing, whether it counts), and in `stats` what each split found.
+    saved <- what backward needs: m, s and b of split rows, and a mean's factors."""
+    smooth, with_z = options["shift"] != 0.0, options["z_factor"] != 0.0
+    n_rows = (saved.numel() - 2) // (3 if probs or smooth else 2)
+    launch(
+        cross_entropy_join_kernel, (1,), loss, z, saved, parts, stats,
+        scalars=dict(
+            n=parts.shape[1], n_rows=n_rows, splits=splits,
+            **{k: options[k] for k in ("keep", "shift", "z_factor")},
+        ),
+        constants=dict(PROBS=probs, SMOOTH=smooth, Z=with_z, MEAN=mean, BLOCK=1024),
+        num_warps=8,
     )  # fmt: skip
 
 

@@ -73,14 +73,15 @@ def over(n, SIZE: tl.constexpr):
 @triton.jit
 def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr,
              V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """(first, end, full, label_block, clean, parts, masked, label_part, n_parts): aligned blocks lie between
-    columns first and end. `clean` of the `full` whole ones are those without the label. The label's block
-    and the tail are cut into parts: `parts` whole ones without the label, then `masked` ones, with it or not
-    whole. label_block is `full`, and label_part `n_parts`, the whole parts, where the label is in none. Unwanted
-    rows, and tiles of several rows, have masked parts alone."""
+    """(first, end, full, label_block, begin, clean, parts, masked, label_part, n_parts): aligned blocks lie between
+    columns first and end. `clean` of the `full` whole ones are those without the label, dealt out among the programs
+    of the second grid axis: this one takes the first at `begin`. The label's block and the tail, the first program's
+    alone, are cut into parts: `parts` whole ones without the label, then `masked` ones, with it or not whole.
+    label_block is `full`, and label_part `n_parts`, the whole parts, where the label is in none. Unwanted rows, and
+    tiles of several rows, have masked parts alone."""
     PART: tl.constexpr = UP * T * V
     if ROWS > 1:
-        return 0, n_cols, 0, 0, 0, 0, tl.cdiv(n_cols, PART), 0, 0
+        return 0, n_cols, 0, 0, 0, 0, 0, tl.cdiv(n_cols, PART), 0, 0
     else:
         first = tl.minimum((-x_at & (HINT - 1)).to(tl.int32), n_cols)
         end = first + over(n_cols - first, HINT) * HINT
@@ -89,18 +90,17 @@ def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, U
         full = over(n_parts, U // UP)
         label_block = tl.where(label_part < n_parts, tl.minimum(over(label_part, U // UP), full), full)
         here, one = tl.where(label_block < full, 1, 0), tl.where(label_part < n_parts, 1, 0)
-        parts = n_parts - (full - here) * (U // UP) - one if U > UP else 0
-        masked = over(end - first + (PART - 1), PART) - n_parts + one
-        return first, end, full, label_block, full - here, parts, masked, label_part, n_parts
+        begin = tl.program_id(1)
+        clean, rest = full - here, tl.where(begin == 0, 1, 0)
+        parts = (n_parts - clean * (U // UP) - one) * rest if U > UP else 0
+        masked = (over(end - first + (PART - 1), PART) - n_parts + one) * rest
+        return first, end, full, label_block, begin, clean, parts, masked, label_part, n_parts
 
 
 @triton.jit
-def shares(blocks):
-    """(begin, share): the blocks of a row that this program of the second grid axis takes."""
-    share = blocks
-    if tl.num_programs(1) > 1:  # a division is many instructions
-        share = tl.cdiv(blocks, tl.num_programs(1))
-    return tl.program_id(1) * share, share
+def may_split(T: tl.constexpr):
+    """Whether a row may have several programs in forward: those of one warp have not."""
+    return T >= 128
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def part_col(i, plan, EACH: tl.constexpr, PART: tl.constexpr):
     """The first column of whole part i, EACH a block: those of the label's block, then of the tail, without the
     label's."""
     here = tl.where(plan[3] < plan[2], 1, 0)
-    label = plan[7] - tl.where(here > 0, plan[3], plan[2]) * EACH  # its place among them
+    label = plan[8] - tl.where(here > 0, plan[3], plan[2]) * EACH  # its place among them
     i += tl.where(i >= label, 1, 0)
     part = tl.where(i < EACH * here, plan[3] * EACH + i, plan[2] * EACH + i - EACH * here)
     return plan[0] + part * PART
@@ -123,8 +123,8 @@ def part_col(i, plan, EACH: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def masked_col(i, plan, PART: tl.constexpr):
     """The first column of masked part i: the label's, then the last; all if none is whole."""
-    label = tl.where(plan[7] < plan[8], 1, 0)
-    return plan[0] + tl.where(i < label, plan[7], plan[8] + i - label) * PART
+    label = tl.where(plan[8] < plan[9], 1, 0)
+    return plan[0] + tl.where(i < label, plan[8], plan[9] + i - label) * PART
 
 
 @triton.jit
@@ -269,6 +269,12 @@ def block_mask(rows, col, lane, plan, HINT: tl.constexpr):
         return rows_mask(rows, tl.multiple_of(col - first, HINT) + lane, over(end - first, HINT) * HINT)
     else:
         return rows_mask(rows, col - first + lane, end - first)
+
+
+@triton.jit
+def has_edges(plan, n_cols):
+    """Whether there are columns outside [first, end) for this program to see to."""
+    return (tl.program_id(1) == 0) & ((plan[0] > 0) | (plan[1] < n_cols))
 
 
 @triton.jit

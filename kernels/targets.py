@@ -4,10 +4,10 @@ logit, what it adds to the others' log-sum-exp), and a row's gradient."""
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOWEST, add_softplus, log_sum, scale2, soft_cap
+from .numerics import LN2, LOWEST, add_softplus, log_sum, scale2, soft_cap, softplus
 from .rowwise import (
-    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, load_run, load_weights, masked_col,
-    part_col, schedule, shares, store_block,
+    at_label, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, load_run, load_weights,
+    masked_col, part_col, schedule, store_block,
 )  # fmt: skip
 
 
@@ -83,6 +83,24 @@ def meet_label(x_y, m, s):
 
 
 @triton.jit
+def row_loss(state, x_y, w_y, kept, keep, shift, z_factor, PROBS: tl.constexpr, SMOOTH: tl.constexpr,
+             Z: tl.constexpr):  # fmt: skip
+    """(loss, z loss) of rows with the sums (m, s, a, b), 0 of those that are not kept."""
+    m, s, a, b = state
+    if PROBS:
+        lse = log_sum(s)
+        full_lse = tl.fma(m, LN2, lse)
+        loss = tl.fma(b, lse, a * -LN2)
+    else:
+        z, lse, full_lse = meet_label(x_y, m, s)
+        loss = w_y * softplus(z)
+        if SMOOTH:
+            loss = tl.fma(keep + shift, loss, tl.fma(b, lse, a * -LN2))  # the label's, and the others'
+    loss = tl.where(kept, loss, 0.0)
+    return loss, tl.where(kept, z_factor * full_lse * full_lse, 0.0) if Z else loss * 0.0
+
+
+@triton.jit
 def probabilities_gradient(g, g_z, m, s, b, z_factor, Z: tl.constexpr):
     """(P / s, P, lse less m) for probability targets; P = g sum(q) + 2 z g lse."""
     dense, lse = g * b, log_sum(s)
@@ -147,28 +165,25 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
              U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr,
              HINT: tl.constexpr):  # fmt: skip
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
-    last, shared among the programs of the second grid axis."""
+    last, dealt out among the programs of the second grid axis."""
     x_at, n_cols, label, kept, live = rows
     m, p, g, dy, lse = row_values
     values = (column(m), column(p), column(g), column(dy), column(lse))
     plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
-    if ROWS == 1:
-        begin, share = shares(plan[4])
-        for i in range(begin, tl.minimum(begin + share, plan[4])):
-            col = clean_col(plan[4] - 1 - i, plan, U * T * V)
-            put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
-    if tl.program_id(1) == 0:
-        for i in range(plan[5]):
-            put_gradients(to, x_from, q_from, part_col(i, plan, U // UP, UP * T * V), part, None, live, None, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
-        for i in range(plan[6]):
-            col = masked_col(i, plan, UP * T * V)
-            put_gradients(to, x_from, q_from, col, part, (kept, plan[0], plan[1]), live,
-                          at_label(col, label, None, UP, T, V), values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
-        if ROWS == 1 and HINT > 1 and (plan[0] > 0) | (plan[1] < n_cols):
-            edge = edge_cols(plan)
-            put_gradients(to, x_from, q_from, 0, edge, (kept, 0, n_cols), live, edge == label, values,
-                          PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, 1)  # fmt: skip
+    for i in range(plan[4], plan[5], tl.num_programs(1)):
+        col = clean_col(plan[5] - 1 - i, plan, U * T * V)
+        put_gradients(to, x_from, q_from, col, lane, None, live, None, values,
+                      PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+    for i in range(plan[6]):
+        put_gradients(to, x_from, q_from, part_col(i, plan, U // UP, UP * T * V), part, None, live, None, values,
+                      PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+    for i in range(plan[7]):
+        col = masked_col(i, plan, UP * T * V)
+        put_gradients(to, x_from, q_from, col, part, (kept, plan[0], plan[1]), live,
+                      at_label(col, label, None, UP, T, V), values,
+                      PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, HINT)  # fmt: skip
+    if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
+        edge = edge_cols(plan)
+        put_gradients(to, x_from, q_from, 0, edge, (kept, 0, n_cols), live, edge == label, values,
+                      PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, 1)  # fmt: skip

@@ -12,6 +12,7 @@ from .layout import Rows, contiguous_rows
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
+SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
 
 
@@ -77,6 +78,12 @@ class Walk(NamedTuple):
         if self.shape.ROWS > 1:
             return 1
         return max(1, min(self.cols // self.shape.block // 4, FILL // (self.programs * self.shape.num_warps)))
+
+    @property
+    def splits(self) -> int:
+        """Programs a row in forward: from its length alone, as its bits must not depend on the other rows."""
+        each = max(SHARE * self.shape.block, 4 * SHORT)
+        return 1 if self.shape.T < 128 else max(1, (self.cols + each // 4) // each)
 
     @property
     def rows(self) -> int:

@@ -30,6 +30,10 @@ def cases():
     ]
 
 
+FROM_LOGITS = [c for c in testing.CASES if c.loss in ("cross_entropy", "kl_div_with_logits", "entropy_with_logits")
+               and not c.name.endswith("/grad_in_forward")]  # fmt: skip
+
+
 def shape_grid():
     """Every case in every shape, unreduced in float32 and reduced in bfloat16, and every other way once."""
     for case in testing.CASES:
@@ -105,6 +109,25 @@ def test_layout(case, shape, layout, reduction, dtype, device):
 @pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
 def test_long_row(case, dtype, cols, device):
     tensors, keywords = draw(case, (1, cols), dtype, device)
+    check(case, tensors, keywords, dtype)
+
+
+SPLIT = [(c, torch.float32, 57_353) for c in FROM_LOGITS if c.loss != "entropy_with_logits"] + [
+    (c, torch.bfloat16, 114_688) for c in FROM_LOGITS if c.name.endswith(("/index", "/plain", "+label_smoothing"))
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "cols"), SPLIT, ids=lambda v: getattr(v, "name", None))
+def test_rows_that_several_programs_read_in_forward(case, dtype, cols, device):
+    """Where the loss is reduced: its second launch joins what they found, of ignored rows too."""
+    tensors, keywords = draw(case, (2, cols), dtype, device)
+    keywords["reduction"] = case.reductions[-1]
+    if len(tensors) > 1 and not tensors[1].is_floating_point():
+        tensors[1][:] = torch.tensor([7, cols - 2])
+        keywords["ignore_index"] = 7
+    launches = compiled.launches(lambda: case.ours(*tensors, **keywords))
+    assert len(launches) == 2 and launches[0].grid[:2] == (2, launches[1].scalars["splits"])
+    assert launches[1].scalars["splits"] > 1
     check(case, tensors, keywords, dtype)
 
 
