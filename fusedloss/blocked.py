@@ -19,11 +19,11 @@ from .reference import BATCHMEAN, HALF, MEAN, NONE
 
 LARGE = {  # a loss, and the elements of the input below which the reference is as fast
     "BCE": 1 << 20,
-    "BCEWithLogits": 1 << 20,
+    "BCEWithLogits": 1 << 17,
     "CrossEntropy": 1 << 22,
-    "EntropyWithLogits": 1 << 21,
+    "EntropyWithLogits": 1 << 18,
     "KLDiv": 1 << 22,
-    "KLDivWithLogits": 1 << 20,
+    "KLDivWithLogits": 1 << 17,
 }
 NEVER = 1 << 62
 KEPT = 1 << 25  # bytes of a tensor whose memory malloc keeps: where torch does little else, it is as fast up to there

@@ -2,7 +2,7 @@
 
 Eager torch walks over the whole tensor once an operation. Its threads wait for each other after every one, which
 costs many small operations all they gain as soon as another process takes a core. Here each thread has pieces of its
-own, and the next one when it is done.
+own, and the next one when it is done; but for tensors of few pieces, which take no longer than threads to start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 18  # elements
+APART = 1 << 21  # elements: of smaller tensors all threads share the pieces, as starting them takes longer
 WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
 KEPT = 2  # workers' buffers that are kept from walk to walk: pages that malloc gave back cost as much as the arithmetic
@@ -58,7 +59,7 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
     cut = [t is not None and len(t) == length for t in tensors]
     starts = range(0, length, rows)
     threads, set_own_threads = torch.get_num_threads(), _set_own_threads()
-    workers = min(threads, WORKERS, len(starts)) if set_own_threads else 1
+    workers = min(threads, WORKERS, len(starts)) if set_own_threads and tensors[0].numel() >= APART else 1
     sums, turn, inference = [0.0] * len(starts), count(), torch.is_inference_mode_enabled()
 
     def work(buffers: list[Tensor]) -> None:

@@ -21,7 +21,7 @@ from . import oracle
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked, formulas)]
+REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked, formulas)] + [(pieces, "APART", pieces.APART)]
 SIZES = {"fits": (12, 40), "ragged": (37, 40), "wide": (5, 129)}  # pieces of 96 elements, or of whole rows
 
 
@@ -30,7 +30,7 @@ def small(monkeypatch):
     """Pieces for small tensors, and a list that tells whether they were used."""
     used, run = [], blocked.walk
     for module, name, value in (
-        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96),
+        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (pieces, "APART", 1),
         (blocked, "LARGE", dict.fromkeys(blocked.LARGE, 1)), (blocked, "CLASSES", 2), (blocked, "KEPT", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -549,6 +549,20 @@ class TestFullSize:
         assert len(seen) > 2 or workers == 1  # new threads each time
         with ThreadPoolExecutor(1) as pool:
             assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
+
+    @pytest.mark.parametrize("name", ["bce_with_logits", "kl_div_with_logits", "entropy_with_logits"])
+    def test_a_middle_size_starts_no_threads(self, small, name, monkeypatch):
+        """Few pieces: torch divides their operations."""
+        monkeypatch.setattr(pieces, "ThreadPoolExecutor", None)
+        ours, _, _, tensors, keywords = make(name, (64, 5000), torch.float32)
+        results = []
+        for large in (blocked.LARGE, {}):  # in pieces, and not
+            monkeypatch.setattr(blocked, "LARGE", large)
+            x, *rest = leaf(tensors)
+            loss = ours(x, *rest, **keywords)
+            results.append((loss, *torch.autograd.grad(loss, x)))
+            assert len(small) == 1
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
     def test_without_openmp(self, small, monkeypatch):
         """The calling thread walks alone, and torch divides its operations."""
