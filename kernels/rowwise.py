@@ -222,12 +222,12 @@ def gather_runs(place, left, V: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_weights(ptr, col, lane, bounds, WIDE: tl.constexpr, HINT: tl.constexpr):
+def load_weights(ptr, col, lane, bounds, HINT: tl.constexpr):
     """A block of class weights in float32. Where a row is read in wide runs, a thread reads one by one the weights of
-    its own columns, as any other layout would be exchanged between threads; or WIDE, where they too are aligned."""
+    its own columns, as any other layout would be exchanged between threads; or wide, where they too are aligned."""
     if HINT > 1:
         V: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-        if WIDE and ((ptr + col).to(tl.int64) & 15) == 0:
+        if ((ptr + col).to(tl.int64) & 15) == 0:
             value = load_run(ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, V)
         else:
             run = V * tl.arange(0, lane.shape[1] // V)

@@ -30,7 +30,7 @@ def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr,
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        w = load_weights(weight_ptr, col, lane, bounds, not PROBS, HINT)
+        w = load_weights(weight_ptr, col, lane, bounds, HINT)
         q *= w
     return q, w
 
