@@ -233,7 +233,7 @@ def cross_entropy_backward(
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx, dt, narrow=4 if dense else 2,
         loads=1 if weight is not None and dense and (target_grad or reduction == NONE)
-        else 2 if weight is not None or softcap or x.element_size() > 2 else 4,
+        else 2 if weight is not None or target_grad or softcap or x.element_size() > 2 else 4,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     dloss, dloss_outer, dloss_inner = vector(dloss, walk.outer, walk.inner)
