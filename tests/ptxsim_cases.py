@@ -18,8 +18,10 @@ import torch
 from fusedloss import use
 from fusedloss.testing import CASES, Case, forward_backward
 
-# short rows in tiles; a warp a row; four warps a row, with a head, a tail and edges; positions apart
-SHAPES = {"tile": (5, 10), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5)}
+# short rows in tiles; a warp a row; four warps a row, with a head, a tail and edges; positions apart; and rows from
+# logits that several programs read in forward
+SHAPES = {"tile": (5, 10), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5), "split": (3, 114_689)}
+SPLIT = ("cross_entropy", "kl_div_with_logits", "entropy_with_logits")
 
 
 def load_oracle():
@@ -34,7 +36,8 @@ def run(case: Case, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, 
     """Launches made; raises where a value or a gradient is off."""
     tensors, keywords = case.make_inputs(shape, dtype, "cpu")
     keywords = {**keywords, "reduction": reduction}
-    with ptxsim.simulate(arch=90, sectors=False, check_uninit=True) as simulation, use("triton"):
+    checks = dict(check_uninit=True, check_races=True)
+    with ptxsim.simulate(arch=90, sectors=False, **checks) as simulation, use("triton"):
         found = oracle.value_and_gradients(case.ours, tensors, keywords, case.differentiable)
         launched = len(simulation.launches)
     loss, upstream, gradients = found
@@ -85,14 +88,18 @@ def main() -> int:
         torch.manual_seed(3)
         print(case.name, flush=True)
         for k, (kind, shape) in enumerate(SHAPES.items()):
-            first = kind == "long" and case.loss not in losses
+            first = kind in ("long", "split") and case.loss not in losses
+            if kind == "split" and (case.loss not in SPLIT or case.name.endswith("/grad_in_forward")):
+                continue
             if not (first or options.all or options.cases or k == number % 4):
                 continue  # each new kernel costs seconds of C compiler
             if len(shape) > 2 and case.loss in ("kl_div_with_logits", "entropy", "entropy_with_logits"):
                 continue  # their dimension is the last: no class dimension in the middle
-            dtypes = (torch.bfloat16, torch.float32, torch.float16)
-            for dtype in dtypes if options.all else (dtypes[(number + k) % 2],):
-                reductions = case.reductions if options.all else (case.reductions[k % len(case.reductions)],)
+            dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
+            reductions = case.reductions if options.all else (case.reductions[k % len(case.reductions)],)
+            if kind == "split":
+                dtypes, reductions = dtypes[:1], case.reductions[-1:]
+            for dtype in dtypes if options.all else (dtypes[(number + k) % 2 % len(dtypes)],):
                 for reduction in reductions:
                     name = f"{case.name} {kind} {dtype} {reduction}"
                     try:
