@@ -95,8 +95,6 @@ def cross_entropy_forward_kernel(
         if Z:
             tl.store(part + 2 * parts, total(z_loss), mask=first)
             tl.store(part + 3 * parts, total(tl.where(kept, 1.0, 0.0)), mask=first)
-        elif may_split(T):
-            tl.store(part + 3 * parts, tl.where(kept, 1.0, 0.0), mask=first & split)
     else:
         if Z:
             loss += z_loss

@@ -85,8 +85,10 @@ def cross_entropy_join_kernel(
         row = start + tl.arange(0, BLOCK)
         there, part = row < n, part_ptr + row
         loss, w_y = tl.load(part, mask=there, other=0.0), tl.load(part + n, mask=there, other=0.0)
-        kept = tl.load(part + 3 * n, mask=row < (n if Z else tl.where(splits > 1, n, 0)), other=0.0)
-        z_loss = tl.load(part + 2 * n, mask=row < tl.where(splits > 1, 0, n), other=0.0) if Z else zero
+        z_loss, kept = zero, zero
+        if Z:
+            z_loss = tl.load(part + 2 * n, mask=there, other=0.0)
+            kept = tl.load(part + 3 * n, mask=there, other=0.0)
         if splits > 1:
             m, s, a, b = zero + LOWEST, zero, zero, zero
             for k in range(splits):
@@ -100,7 +102,8 @@ def cross_entropy_join_kernel(
             tl.store(saved_ptr + n + row, s, mask=there)
             if DENSE:
                 tl.store(saved_ptr + 2 * n + row, b, mask=there)
-            loss, z_loss = row_loss((m, s, a, b), loss, w_y, kept > 0, keep, shift, z_factor, PROBS, SMOOTH, Z)
+            # an ignored row's weight and sums are 0, and so is its loss
+            loss, z_loss = row_loss((m, s, a, b), loss, w_y, there, keep, shift, z_factor, PROBS, SMOOTH, Z)
         loss_sum, weight_sum, z_sum, count = loss_sum + loss, weight_sum + w_y, z_sum + z_loss, count + kept
     to = loss_ptr, z_ptr, saved_ptr + (3 if DENSE else 2) * n_rows
     put_means(to, loss_sum, weight_sum, z_sum, count, Z, MEAN)
@@ -110,7 +113,7 @@ def join_rows(
     loss, z, saved, parts: torch.Tensor, stats: torch.Tensor, splits: int, options: dict, probs: bool, mean: bool
 ) -> None:
     """Cross entropy's loss and z from what a launch left in `parts`: sums of (loss, weight, z, count), or, where rows
-    are split, each row's (label's logit, weight, nothing, whether it counts), and in `stats` what each split found.
+    are split, each row's (label's logit, weight, nothing, count), and in `stats` what each split found.
     saved <- what backward needs: m, s and b of split rows, and a mean's factors."""
     smooth, with_z = options["shift"] != 0.0, options["z_factor"] != 0.0
     n_rows = (saved.numel() - 2) // (3 if probs or smooth else 2)
