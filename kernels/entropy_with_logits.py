@@ -15,6 +15,7 @@ from .launch import kernel, launch, scratch
 from .layout import vector
 from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import MEAN, NONE
+from .reduce import sum_parts
 from .rowwise import (
     EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, load_run, masked_col,
     may_split, part_col, row_max, row_sum, rows_at, schedule, store_block, total,
@@ -160,16 +161,16 @@ def entropy_with_logits_forward_kernel(
 @kernel
 def entropy_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n, splits, scale, BLOCK: tl.constexpr):
     """The sum of the parts, which are a row each where rows are split: those are joined first."""
-    zero = tl.zeros([BLOCK], tl.float32)
-    loss_sum = zero
-    for start in range(0, n, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        there = row < n
-        loss = tl.load(part_ptr + row, mask=there, other=0.0)
-        if splits > 1:
+    loss = 0.0
+    if splits > 1:
+        zero = tl.zeros([BLOCK], tl.float32)
+        losses = zero
+        for start in range(0, n, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            there = row < n
             state = zero + LOWEST, zero, zero
             for k in range(splits):
-                at = split_ptr + tl.full([], k, tl.int64) * n * 3 + row
+                at = split_ptr + k * (n * 3) + row
                 m, s = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
                 state = entropy_meet(state, (m, s, tl.load(at + 2 * n, mask=there, other=0.0)))
             m, s, a = state
@@ -177,9 +178,11 @@ def entropy_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n,
             tl.store(at, m, mask=there)
             tl.store(at + n, s, mask=there)
             tl.store(at + 2 * n, mean, mask=there)
-            loss = tl.where(there, row_loss(s, mean), 0.0)
-        loss_sum += loss
-    tl.store(loss_ptr, (tl.sum(loss_sum) * scale).to(loss_ptr.dtype.element_ty))
+            losses += tl.where(there, row_loss(s, mean), 0.0)
+        loss = tl.sum(losses)
+    else:
+        loss = sum_parts(part_ptr, n)
+    tl.store(loss_ptr, (loss * scale).to(loss_ptr.dtype.element_ty))
 
 
 @kernel

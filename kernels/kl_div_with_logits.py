@@ -18,6 +18,7 @@ import triton.language as tl
 from .launch import kernel, launch, scratch
 from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
 from .operators import BATCHMEAN, MEAN
+from .reduce import sum_parts
 from .rowwise import (
     EDGE, block_at, block_lanes, block_mask, clean_col, column, edge_cols, has_edges, load_run, masked_col,
     may_split, part_col, row_max, row_sum, rows_at, schedule, store_block, total,
@@ -185,16 +186,16 @@ def kl_div_with_logits_forward_kernel(
 @kernel
 def kl_div_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n, splits, scale, BLOCK: tl.constexpr):
     """The sum of the parts, which are a row each where rows are split: those are joined first."""
-    zero = tl.zeros([BLOCK], tl.float32)
-    loss_sum = zero
-    for start in range(0, n, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        there = row < n
-        loss = tl.load(part_ptr + row, mask=there, other=0.0)
-        if splits > 1:
+    loss = 0.0
+    if splits > 1:
+        zero = tl.zeros([BLOCK], tl.float32)
+        losses = zero
+        for start in range(0, n, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            there = row < n
             state = zero + LOWEST, zero, zero + LOWEST, zero, zero
             for k in range(splits):
-                at = split_ptr + tl.full([], k, tl.int64) * n * 5 + row
+                at = split_ptr + k * (n * 5) + row
                 m1, s1 = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
                 m2, s2 = tl.load(at + 2 * n, mask=there, other=LOWEST), tl.load(at + 3 * n, mask=there, other=0.0)
                 state = kl_meet(state, (m1, s1, m2, s2, tl.load(at + 4 * n, mask=there, other=0.0)))
@@ -205,9 +206,11 @@ def kl_div_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n, 
             tl.store(at + 2 * n, m2, mask=there)
             tl.store(at + 3 * n, s2, mask=there)
             tl.store(at + 4 * n, mean, mask=there)
-            loss = tl.where(there, row_loss(s1, s2, mean), 0.0)
-        loss_sum += loss
-    tl.store(loss_ptr, (tl.sum(loss_sum) * scale).to(loss_ptr.dtype.element_ty))
+            losses += tl.where(there, row_loss(s1, s2, mean), 0.0)
+        loss = tl.sum(losses)
+    else:
+        loss = sum_parts(part_ptr, n)
+    tl.store(loss_ptr, (loss * scale).to(loss_ptr.dtype.element_ty))
 
 
 @kernel
@@ -276,7 +279,7 @@ def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
     launch(
         kl_div_with_logits_join_kernel, (1,), loss, stats, parts, split,
         scalars=dict(n=walk.programs, splits=splits, scale=temperature * temperature * _scale(x, reduction)),
-        constants=dict(BLOCK=1024), num_warps=8,
+        constants=dict(BLOCK=512), num_warps=8,
     )  # fmt: skip
     walk.restore(2, dx)
 

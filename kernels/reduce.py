@@ -12,40 +12,43 @@ from .logsumexp import lse_meet
 from .numerics import LOWEST
 from .targets import load_label, row_loss
 
-BLOCK = 4096
+@triton.jit
+def sum_parts(part_ptr, n):
+    """The sum of n numbers, in one order."""
+    lane = tl.arange(0, 4096)
+    total = tl.zeros([4096], tl.float32)
+    for start in range(0, n, 4096):
+        at = start + lane
+        total += tl.load(part_ptr + at, mask=at < n, other=0.0)
+    return tl.sum(total)
 
 
 @kernel
-def sum_kernel(out_ptr, part_ptr, n, scale, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
-        at = start + lane
-        total += tl.load(part_ptr + at, mask=at < n, other=0.0)
-    tl.store(out_ptr, (tl.sum(total) * scale).to(out_ptr.dtype.element_ty))
+def sum_kernel(out_ptr, part_ptr, n, scale):
+    tl.store(out_ptr, (sum_parts(part_ptr, n) * scale).to(out_ptr.dtype.element_ty))
 
 
 def reduce_sum(out: torch.Tensor, parts: torch.Tensor, scale: float) -> None:
     """out <- scale * sum(parts), in one program and one order."""
     launch(
         sum_kernel, (1,), out, parts,
-        scalars=dict(n=parts.numel(), scale=scale), constants=dict(BLOCK=BLOCK), num_warps=8,
+        scalars=dict(n=parts.numel(), scale=scale), constants={}, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def put_means(to, loss, weight, z, count, Z: tl.constexpr, MEAN: tl.constexpr):
-    """loss, z <- sums over the lanes, divided by those of the weights and of the count where MEAN; and both factors."""
+    """loss, z <- their sums, divided by those of the weights and of the count where MEAN; and both factors."""
     loss_ptr, z_ptr, scale_ptr = to
-    scale, z_scale, total = 1.0, 1.0, tl.sum(loss)
+    scale, z_scale, total = 1.0, 1.0, loss
     if MEAN:
-        scale = 1.0 / tl.sum(weight)
-        total = total / tl.sum(weight)
+        scale = 1.0 / weight
+        total = total / weight
         z_scale = scale
     if Z:
         if MEAN:
-            z_scale = 1.0 / tl.sum(count)
-        z_total = tl.sum(z) * z_scale
+            z_scale = 1.0 / count
+        z_total = z * z_scale
         tl.store(z_ptr, z_total.to(z_ptr.dtype.element_ty))
         total += z_total
     tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
@@ -54,21 +57,16 @@ def put_means(to, loss, weight, z, count, Z: tl.constexpr, MEAN: tl.constexpr):
 
 
 @kernel
-def means_kernel(loss_ptr, scale_ptr, part_ptr, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    loss, weight = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
-        place, mask = part_ptr + start + lane, start + lane < n
-        loss += tl.load(place, mask=mask, other=0.0)
-        weight += tl.load(place + n, mask=mask, other=0.0)
-    put_means((loss_ptr, loss_ptr, scale_ptr), loss, weight, loss, weight, False, MEAN)
+def means_kernel(loss_ptr, scale_ptr, part_ptr, n, MEAN: tl.constexpr):
+    loss, weight = sum_parts(part_ptr, n), sum_parts(part_ptr + n, n) if MEAN else 1.0
+    put_means((loss_ptr, loss_ptr, scale_ptr), loss, weight, 0.0, 1.0, False, MEAN)
 
 
 def reduce_means(loss, scale, parts: torch.Tensor, mean: bool) -> None:
     """loss <- the sum of parts[0], divided by that of parts[1] where `mean`; scale <- the factor, twice."""
     launch(
         means_kernel, (1,), loss, scale, parts, scalars=dict(n=parts.shape[1]),
-        constants=dict(MEAN=mean, BLOCK=1024), num_warps=8,
+        constants=dict(MEAN=mean), num_warps=8,
     )  # fmt: skip
 
 
@@ -79,20 +77,18 @@ def cross_entropy_join_kernel(
 ):  # fmt: skip
     """The means of the parts, which are a row each where rows are split: those are joined first."""
     DENSE: tl.constexpr = PROBS or SMOOTH
-    zero = tl.zeros([BLOCK], tl.float32)
-    loss_sum, weight_sum, z_sum, count = zero, zero, zero, zero
-    for start in range(0, n, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        there, part = row < n, part_ptr + row
-        loss, w_y = tl.load(part, mask=there, other=0.0), tl.load(part + n, mask=there, other=0.0)
-        z_loss, kept = zero, zero
-        if Z:
-            z_loss = tl.load(part + 2 * n, mask=there, other=0.0)
-            kept = tl.load(part + 3 * n, mask=there, other=0.0)
-        if splits > 1:
+    loss, weight = 0.0, sum_parts(part_ptr + n, n) if MEAN else 1.0
+    z, count = 0.0, sum_parts(part_ptr + 3 * n, n) if Z and MEAN else 1.0
+    if splits > 1:
+        zero = tl.zeros([BLOCK], tl.float32)
+        losses, zs = zero, zero
+        for start in range(0, n, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            there, part = row < n, part_ptr + row
+            x_y, w_y = tl.load(part, mask=there, other=0.0), tl.load(part + n, mask=there, other=0.0)
             m, s, a, b = zero + LOWEST, zero, zero, zero
             for k in range(splits):
-                at, a2, b2 = split_ptr + tl.full([], k, tl.int64) * n * (4 if DENSE else 2) + row, zero, zero
+                at, a2, b2 = split_ptr + k * (n * (4 if DENSE else 2)) + row, zero, zero
                 m2, s2 = tl.load(at, mask=there, other=LOWEST), tl.load(at + n, mask=there, other=0.0)
                 if DENSE:
                     b2 = tl.load(at + 2 * n, mask=there, other=0.0)
@@ -103,10 +99,12 @@ def cross_entropy_join_kernel(
             if DENSE:
                 tl.store(saved_ptr + 2 * n + row, b, mask=there)
             # an ignored row's weight and sums are 0, and so is its loss
-            loss, z_loss = row_loss((m, s, a, b), loss, w_y, there, keep, shift, z_factor, PROBS, SMOOTH, Z)
-        loss_sum, weight_sum, z_sum, count = loss_sum + loss, weight_sum + w_y, z_sum + z_loss, count + kept
-    to = loss_ptr, z_ptr, saved_ptr + (3 if DENSE else 2) * n_rows
-    put_means(to, loss_sum, weight_sum, z_sum, count, Z, MEAN)
+            loss_here, z_here = row_loss((m, s, a, b), x_y, w_y, there, keep, shift, z_factor, PROBS, SMOOTH, Z)
+            losses, zs = losses + loss_here, zs + z_here
+        loss, z = tl.sum(losses), tl.sum(zs)
+    else:
+        loss, z = sum_parts(part_ptr, n), sum_parts(part_ptr + 2 * n, n) if Z else 0.0
+    put_means((loss_ptr, z_ptr, saved_ptr + (3 if DENSE else 2) * n_rows), loss, weight, z, count, Z, MEAN)
 
 
 def join_rows(

@@ -102,7 +102,7 @@ x, y = torch.randn(4, 8, requires_grad=True), torch.randint(8, (4,))
 def plain(value):  # outputs are other tensors every time, but inputs as they are; a tape gives addresses
     if isinstance(value, torch.Tensor):
         value = value.data_ptr()
-    if isinstance(value, int) and value > 2**32:
+    if isinstance(value, int) and value > 2**20:  # no number here is as large, and no address as small
         return "x" if value == x.data_ptr() else "y" if value == y.data_ptr() else "made"
     return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 def call(x=x, **more):
