@@ -217,7 +217,8 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
         num_warps=walk.shape.num_warps,
     )  # fmt: skip
     if reduce:
-        join_rows(loss, z, saved, parts, stats, splits, options, probs, reduction == MEAN)
+        smooth = label_smoothing != 0.0
+        join_rows(loss, z, saved, parts, stats, splits, options, probs, smooth, reduction == MEAN)
     walk.restore(2, dx)
 
 

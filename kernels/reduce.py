@@ -108,12 +108,12 @@ def cross_entropy_join_kernel(
 
 
 def join_rows(
-    loss, z, saved, parts: torch.Tensor, stats: torch.Tensor, splits: int, options: dict, probs: bool, mean: bool
-) -> None:
+    loss, z, saved, parts: torch.Tensor, stats: torch.Tensor, splits: int, options: dict,
+    probs: bool, smooth: bool, mean: bool,
+) -> None:  # fmt: skip
     """Cross entropy's loss and z from what a launch left in `parts`: sums of (loss, weight, z, count), or, where rows
     are split, each row's (label's logit, weight, nothing, count), and in `stats` what each split found.
     saved <- what backward needs: m, s and b of split rows, and a mean's factors."""
-    smooth, with_z = options["shift"] != 0.0, options["z_factor"] != 0.0
     n_rows = (saved.numel() - 2) // (3 if probs or smooth else 2)
     launch(
         cross_entropy_join_kernel, (1,), loss, z, saved, parts, stats,
@@ -121,7 +121,7 @@ def join_rows(
             n=parts.shape[1], n_rows=n_rows, splits=splits,
             **{k: options[k] for k in ("keep", "shift", "z_factor")},
         ),
-        constants=dict(PROBS=probs, SMOOTH=smooth, Z=with_z, MEAN=mean, BLOCK=1024),
+        constants=dict(PROBS=probs, SMOOTH=smooth, Z=options["z_factor"] != 0.0, MEAN=mean, BLOCK=1024),
         num_warps=8,
     )  # fmt: skip
 
