@@ -72,7 +72,7 @@ def reduce_means(loss, scale, parts: torch.Tensor, mean: bool) -> None:
 
 @kernel
 def cross_entropy_join_kernel(
-    loss_ptr, z_ptr, saved_ptr, part_ptr, split_ptr, n, n_rows, splits, keep, shift, z_factor,
+    loss_ptr, z_ptr, saved_ptr, part_ptr, split_ptr, n, factors_at, splits, keep, shift, z_factor,
     PROBS: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The means of the parts, which are a row each where rows are split: those are joined first."""
@@ -104,7 +104,7 @@ def cross_entropy_join_kernel(
         loss, z = tl.sum(losses), tl.sum(zs)
     else:
         loss, z = sum_parts(part_ptr, n), sum_parts(part_ptr + 2 * n, n) if Z else 0.0
-    put_means((loss_ptr, z_ptr, saved_ptr + (3 if DENSE else 2) * n_rows), loss, weight, z, count, Z, MEAN)
+    put_means((loss_ptr, z_ptr, saved_ptr + factors_at), loss, weight, z, count, Z, MEAN)
 
 
 def join_rows(
@@ -114,11 +114,10 @@ def join_rows(
     """Cross entropy's loss and z from what a launch left in `parts`: sums of (loss, weight, z, count), or, where rows
     are split, each row's (label's logit, weight, nothing, count), and in `stats` what each split found.
     saved <- what backward needs: m, s and b of split rows, and a mean's factors."""
-    n_rows = (saved.numel() - 2) // (3 if probs or smooth else 2)
     launch(
         cross_entropy_join_kernel, (1,), loss, z, saved, parts, stats,
         scalars=dict(
-            n=parts.shape[1], n_rows=n_rows, splits=splits,
+            n=parts.shape[1], factors_at=saved.numel() - 2, splits=splits,
             **{k: options[k] for k in ("keep", "shift", "z_factor")},
         ),
         constants=dict(PROBS=probs, SMOOTH=smooth, Z=options["z_factor"] != 0.0, MEAN=mean, BLOCK=1024),

@@ -83,7 +83,7 @@ class Walk(NamedTuple):
     def splits(self) -> int:
         """Programs a row in forward: from its length alone, as its bits must not depend on the other rows."""
         each = max(SHARE * self.shape.block, 4 * SHORT)
-        return 1 if self.shape.T < 128 else max(1, (self.cols + each // 4) // each)
+        return 1 if self.shape.T < 128 else min(max(1, (self.cols + each // 4) // each), 65535)
 
     @property
     def rows(self) -> int:
