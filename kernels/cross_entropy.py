@@ -127,7 +127,7 @@ def cross_entropy_backward_kernel(
     outer, d, live = rows_at(inner, ROWS)
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
-    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.where(live, 1.0, 0.0), live
+    label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live
     if not PROBS:
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)

@@ -12,6 +12,7 @@ from .logsumexp import lse_meet
 from .numerics import LOWEST
 from .targets import load_label, row_loss
 
+
 @triton.jit
 def sum_parts(part_ptr, n):
     """The sum of n numbers, in one order."""
