@@ -40,6 +40,7 @@ def cross_entropy_forward_kernel(
 ):  # fmt: skip
     DENSE: tl.constexpr = PROBS or SMOOTH
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
     label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.where(live, 1.0, 0.0), live
@@ -81,7 +82,7 @@ def cross_entropy_forward_kernel(
     at = rows_ptr + row
     if REDUCE and may_split(T):
         split = tl.num_programs(1) > 1
-        at += tl.program_id(1).to(tl.int64) * n_rows * (4 if DENSE else 2)
+        at += tl.program_id(1) * n_rows * (4 if DENSE else 2)
         if DENSE:
             tl.store(at + 3 * n_rows, a, mask=split)
     tl.store(at, m, mask=live)
@@ -125,6 +126,7 @@ def cross_entropy_backward_kernel(
     U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     row = outer * inner + d
     x_at, t_at = outer * x_outer + d * x_inner, outer * target_outer + d * target_inner
     label, w_y, kept = tl.full(d.shape, -1, tl.int32), tl.full(d.shape, 1.0, tl.float32), live

@@ -118,6 +118,7 @@ def entropy_with_logits_forward_kernel(
     T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     label = tl.full(d.shape, -1, tl.int32)
@@ -142,7 +143,7 @@ def entropy_with_logits_forward_kernel(
     mean, row = a / s, outer * inner + d
     at, third = stats_ptr + row, mean
     if may_split(T):
-        at += tl.program_id(1).to(tl.int64) * n_rows * 3
+        at += tl.program_id(1) * n_rows * 3
         third = tl.where(tl.num_programs(1) > 1, a, mean)
     tl.store(at, m, mask=live)
     tl.store(at + n_rows, s, mask=live)
@@ -194,6 +195,7 @@ def entropy_with_logits_backward_kernel(
     V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     row = outer * inner + d
     if REDUCE:
         g = tl.load(dloss_ptr).to(tl.float32) * scale

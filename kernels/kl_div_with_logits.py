@@ -140,6 +140,7 @@ def kl_div_with_logits_forward_kernel(
     UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     first_at, second_at = outer * first_outer + d * first_inner, outer * second_outer + d * second_inner
     pair_from = (first_ptr, column(first_at), first_class_stride,
                  second_ptr, column(second_at), second_class_stride)  # fmt: skip
@@ -166,7 +167,7 @@ def kl_div_with_logits_forward_kernel(
     mean, at = a / s1, stats_ptr + outer * inner + d
     fifth = mean
     if may_split(T):
-        at += tl.program_id(1).to(tl.int64) * n_rows * 5
+        at += tl.program_id(1) * n_rows * 5
         fifth = tl.where(tl.num_programs(1) > 1, a, mean)
     tl.store(at, m1, mask=live)
     tl.store(at + n_rows, s1, mask=live)
@@ -223,6 +224,7 @@ def kl_div_with_logits_backward_kernel(
     UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     outer, d, live = rows_at(inner, ROWS)
+    n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     at = stats_ptr + outer * inner + d
     m1, s1 = tl.load(at, mask=live, other=0.0), tl.load(at + n_rows, mask=live, other=1.0)
     m2, s2 = tl.load(at + 2 * n_rows, mask=live, other=0.0), tl.load(at + 3 * n_rows, mask=live, other=1.0)

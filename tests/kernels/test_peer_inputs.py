@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import testing
+from fusedloss import compiled, testing
 
 from .. import oracle
 from .checking import check, draw
 
 triton = pytest.importorskip("triton")
+from fusedloss.kernels.launch import launch  # noqa: E402
 
 INFINITY = float("inf")
 CASES = pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
@@ -375,6 +376,28 @@ def test_batches_more_than_two_to_the_31_elements_apart(case, count, stride, dev
     tensors, keywords = draw(case, (count, 3, 8), torch.bfloat16, device)
     x = far_apart(tensors[0], (stride, 8, 1))
     check(case, (x, *tensors[1:]), keywords, torch.bfloat16)
+
+
+@KERNELS
+@pytest.mark.parametrize(("name", "vectors"), [("cross_entropy/label_smoothing", 4), ("kl_div_with_logits/plain", 5),
+                                               ("entropy_with_logits/plain", 3)])  # fmt: skip
+def test_row_vectors_of_more_than_two_to_the_31_numbers(name, vectors, device):
+    """What forward keeps of a row for backward lies a number of rows apart: two rows of what is said to be 2^30."""
+    case, many = testing.case(name), 2**30
+    inputs = draw(case, (2, 40), torch.float32, device)
+    forward, _, backward = compiled.launches(lambda: testing.forward_backward(case, inputs, reduction="sum"))
+    of_both = {id(t) for t in forward.tensors} & {id(t) for t in backward.tensors}
+    (kept,) = [t for t in forward.tensors if id(t) in of_both and t is not None and t.numel() == 2 * vectors]
+    near, gradients = torch.ones(vectors, 2, device=device), []  # of cross entropy the last are a mean's factors
+    for rows, memory in ((2, near), (many, far_apart(near, (many, 1)))):
+        for call in (forward, backward):
+            tensors = [memory if t is kept else t.fill_(1.0) if t is not None and t.dim() == 0 else t
+                       for t in call.tensors]  # fmt: skip
+            launch(call.kernel, call.grid, *tensors, scalars={**call.scalars, "n_rows": rows},
+                   constants=call.constants, num_warps=call.num_warps)  # fmt: skip
+        gradients.append(next(t for t in backward.tensors if t is not None).clone())
+        assert torch.equal(memory, near) and not torch.equal(near, torch.ones_like(near))
+    assert gradients[0].isfinite().all() and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "cross_entropy", "kl_div"])
