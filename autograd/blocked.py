@@ -19,26 +19,28 @@ class Blocked(torch.autograd.Function):
     def forward(ctx, name, reference, x, *others):
         now = x.dtype is not torch.float16 and not blocked.unreduced(name, others)
         loss, ctx.dx = blocked.compute(name, x.detach(), others, now)
-        ctx.save_for_backward(x, *(o if isinstance(o, Tensor) else None for o in others))
-        ctx.numbers = [None if isinstance(o, Tensor) else o for o in others]
-        ctx.name, ctx.reference = name, reference
+        ctx.save_for_backward(x, *[o if isinstance(o, Tensor) else None for o in others])
+        ctx.call = name, reference, [None if isinstance(o, Tensor) else o for o in others]
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         x, *saved = ctx.saved_tensors
-        others = [number if t is None else t for t, number in zip(saved, ctx.numbers, strict=True)]
-        none = [None] * len(others)
+        name, reference, numbers = ctx.call
+        none = [None] * len(saved)
 
         def launch(dloss):
             dx, ctx.dx = ctx.dx, None
             if dx is None:
-                return (blocked.gradient(ctx.name, x.detach(), others, dloss),)
+                return (blocked.gradient(name, x.detach(), others(), dloss),)
             factor = dloss.item()
             return (dx if factor == 1.0 else dx.mul_(factor),)
 
+        def others():
+            return [number if t is None else t for t, number in zip(saved, numbers, strict=True)]
+
         def composed(x, _=None):
-            loss = ctx.reference(x, *others)
+            loss = reference(x, *others())
             return loss[0] if isinstance(loss, tuple) else loss
 
         if not blocked.ordinary(dloss):  # a batch of gradients, or one that is watched

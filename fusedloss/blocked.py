@@ -7,6 +7,7 @@ here where `suits` says so; whatever is odd stays with the reference.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import formulas
-from .pieces import PIECE, SINGLE, walk
+from .pieces import PIECE, SINGLE, constant, walk
 from .reference import BATCHMEAN, HALF, MEAN, NONE
 
 LARGE = {  # a loss, and the elements of the input below which the reference is as fast
     "BCE": 1 << 20,
-    "BCEWithLogits": 1 << 17,
+    "BCEWithLogits": 1 << 14,
     "CrossEntropy": 1 << 22,
     "EntropyWithLogits": 1 << 18,
     "KLDiv": 1 << 22,
@@ -30,17 +31,23 @@ KEPT = 1 << 25  # bytes of a tensor whose memory malloc keeps: where torch does 
 CLASSES = 8192  # of a row of cross entropy: as LARGE
 RARE = 1e-30  # of a smaller probability digits may be lost
 DTYPES = HALF | {SINGLE}
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 Results = tuple[Tensor | None, Tensor | None]  # the loss and its gradient, as far as they are wanted
 
 
-def _cross_entropy(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _scalar(x: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((), x, dtype=dtype, device="cpu")
+
+
+def _cross_entropy(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     target, weight, ignore_index, smoothing, _, _, reduction, _, dtype = others
     classes, piece = x.shape[1], max(1, PIECE // x.shape[1])
     w = None if weight is None else weight.to(SINGLE).unsqueeze(0)
     dx = torch.empty_like(x) if grad else None
     rows = torch.empty((len(x), 1), dtype=SINGLE, device="cpu")
-    upstream = upstream.to(SINGLE).reshape(-1, 1)
+    upstream = constant(1.0) if upstream is None else upstream.to(SINGLE).reshape(-1, 1)
     if target.is_floating_point():
         count: Any = len(x) if reduction == MEAN else 1.0
         walk(formulas.probabilities(smoothing), piece, [x, target, (upstream / count).expand_as(rows), w, rows, dx], 2)
@@ -77,68 +84,81 @@ def _cross_entropy(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: b
     return loss.to(dtype), dx
 
 
+def _scaled(upstream: Tensor | None, factor: float) -> Tensor:
+    """As one number; an upstream of 1 is not given."""
+    if upstream is None:
+        return torch.full((1,), factor, dtype=SINGLE, device="cpu")
+    return (upstream.to(SINGLE) * factor).reshape(1)
+
+
 def _factor(x: Tensor, reduction: int) -> float:
-    return {MEAN: 1.0 / x.numel(), BATCHMEAN: 1.0 / x.shape[0]}.get(reduction, 1.0)
+    if reduction == MEAN:
+        return 1.0 / x.numel()
+    return 1.0 / x.shape[0] if reduction == BATCHMEAN else 1.0
 
 
 def _elements(
     formula: Callable, spares: int, x: Tensor, target: Tensor, weights: tuple[Any, Any], reduction: int,
-    dtype: torch.dtype, upstream: Tensor, want: bool, grad: bool,
+    dtype: torch.dtype, upstream: Tensor | None, want: bool, grad: bool,
 ) -> Results:  # fmt: skip
     """A loss of one value an element. Weights that rows share are repeated to the length of a piece."""
-    classes = x.shape[-1]
-    shared = [w is not None and w.shape != x.shape for w in weights]
-    length = PIECE // classes * classes if any(shared) else PIECE
-    lanes = [
-        w.reshape(-1).to(SINGLE).expand(classes).repeat(length // classes) if s else w
-        for w, s in zip(weights, shared, strict=True)
-    ]
+    length = PIECE
+    if any(shared := [w is not None and w.shape != x.shape for w in weights]):
+        classes = x.shape[-1]
+        length = min(PIECE, x.numel()) // classes * classes
+        weights = tuple(
+            w.reshape(-1).to(SINGLE).expand(classes).repeat(length // classes) if s else w
+            for w, s in zip(weights, shared, strict=True)
+        )
     factor = _factor(x, reduction)
-    upstream = upstream if upstream.dim() else (upstream.to(SINGLE) * factor).reshape(1)
+    g: Any = upstream if upstream is not None and upstream.dim() else _scaled(upstream, factor) if grad else None
     dx = torch.empty_like(x) if grad else None
     out = torch.empty_like(x, dtype=dtype) if want and reduction == NONE else None
-    tensors = [x, target, *lanes, upstream, out, dx]
-    total = walk(formula, length, [t if t is None else t.view(-1) for t in tensors], spares)
+    tensors = [x, target, *weights, g, out, dx]
+    if x.numel() > length or any(shared):
+        tensors = [t if t is None else t.view(-1) for t in tensors]
+    total = walk(formula, length, tensors, spares)
     if want and out is None:
-        out = torch.tensor(total * factor, dtype=dtype, device="cpu")
+        out = _scalar(total * factor, dtype)
     return out, dx
 
 
-def _bce_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _bce_with_logits(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     target, weight, pos_weight, smoothing, reduction, _, dtype = others
     formula, weights = formulas.bce_with_logits(want, smoothing), (weight, pos_weight)
     return _elements(formula, 5, x, target, weights, reduction, dtype, upstream, want, grad)
 
 
-def _bce(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _bce(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     target, weight, reduction, dtype = others
     return _elements(formulas.bce(want), 2, x, target, (weight, None), reduction, dtype, upstream, want, grad)
 
 
-def _kl_div(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _kl_div(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     target, log_target, reduction, dtype = others
     formula = formulas.kl_div(want, log_target)
     return _elements(formula, 2, x, target, (None, None), reduction, dtype, upstream, want, grad)
 
 
-def _kl_div_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _kl_div_with_logits(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     target, _, temperature, reverse, reduction, _, dtype = others
     factor = _factor(x, reduction)
     dx = torch.empty_like(x) if grad else None
     classes = x.shape[-1]
     rows = [None if t is None else t.view(-1, classes) for t in (x, target, dx)]
     formula = formulas.kl_div_with_logits(want, reverse, float(temperature))
-    upstream = (upstream.to(SINGLE) * factor).reshape(1)
-    total = walk(formula, max(1, PIECE // classes), [*rows[:2], upstream, rows[2]], 3)
-    return torch.tensor(total * factor, dtype=dtype, device="cpu") if want else None, dx
+    g = _scaled(upstream, factor) if grad else None
+    total = walk(formula, max(1, PIECE // classes), [*rows[:2], g, rows[2]], 3)
+    return _scalar(total * factor, dtype) if want else None, dx
 
 
-def _entropy_with_logits(x: Tensor, others: Any, upstream: Tensor, want: bool, grad: bool) -> Results:
+def _entropy_with_logits(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
     _, reduction, _, dtype = others
     classes = x.shape[-1]
     dx = torch.empty_like(x) if grad else None
     loss = torch.empty((x.numel() // classes, 1), dtype=SINGLE, device="cpu")
-    g = upstream.to(SINGLE).reshape(-1, 1) / (len(loss) if reduction == MEAN else 1)
+    upstream = constant(1.0) if upstream is None else upstream.to(SINGLE).reshape(-1, 1)
+    g = upstream / (len(loss) if reduction == MEAN else 1)
     rows = [x.view(-1, classes), g.expand_as(loss), loss if want else None]
     piece = max(1, PIECE // classes)
     walk(formulas.entropy_with_logits, piece, [*rows, None if dx is None else dx.view(-1, classes)], 3)
@@ -161,7 +181,7 @@ LOSSES = {  # name: the function, and where the reduction is among its arguments
 
 def compute(name: str, x: Tensor, others: Any, grad: bool) -> Results:
     """The loss, and its gradient under an upstream of 1 if `grad`."""
-    return LOSSES[name][0](x, others, torch.ones((), dtype=SINGLE, device="cpu"), True, grad)
+    return LOSSES[name][0](x, others, None, True, grad)
 
 
 def gradient(name: str, x: Tensor, others: Any, upstream: Tensor) -> Tensor | None:
@@ -176,10 +196,11 @@ def unreduced(name: str, others: Any) -> bool:
 
 def ordinary(*tensors: Tensor) -> bool:
     """Whether these are strided tensors of this process's memory and no more, and nothing looks on."""
+    for t in tensors:
+        if type(t) not in PLAIN or not t.is_cpu or t.layout is not torch.strided or is_batched(t):
+            return False
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.layout is torch.strided for t in tensors)
-        and not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
@@ -188,13 +209,12 @@ def ordinary(*tensors: Tensor) -> bool:
 
 def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
     """Whether these arguments are among those that are computed here; the reference takes them all."""
-    target, tensors = others[0], [t for t in (x, *others) if isinstance(t, Tensor)]
-    if not ordinary(*tensors) or not all(t.is_contiguous() for t in tensors):
+    target, tensors, grad = others[0], [t for t in others if isinstance(t, Tensor)], torch.is_grad_enabled()
+    if x.dtype not in DTYPES or others[-1] not in DTYPES or not x.is_contiguous() or not ordinary(x, *tensors):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors[1:]):
-        return False
-    if x.dtype not in DTYPES or others[-1] not in DTYPES or any(t.dtype not in DTYPES for t in tensors[2:]):
-        return False
+    for t in tensors:
+        if not t.is_contiguous() or (grad and t.requires_grad) or (t.dtype not in DTYPES and t is not target):
+            return False
     if name == "CrossEntropy":
         z_loss, softcap = others[4:6]
         if z_loss or softcap or x.dim() != 2 or x.shape[1] < CLASSES or x.nbytes <= KEPT:
@@ -208,6 +228,6 @@ def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
         return others[1] == x.dim() - 1 and target.dtype in DTYPES
     elif name == "KLDiv" and others[1]:
         return x.nbytes > KEPT and target.dtype in DTYPES
-    elif not all(t.shape == x.shape or (x.shape[-1] <= PIECE and t.numel() in (1, *t.shape[-1:])) for t in tensors[2:]):
+    elif any(t.shape != x.shape and (x.shape[-1] > PIECE or t.numel() not in (1, *t.shape[-1:])) for t in tensors[1:]):
         return False
     return target.dtype in DTYPES

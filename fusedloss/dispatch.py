@@ -176,7 +176,7 @@ def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:
     if not is_compiling() and x.numel() >= blocked.LARGE.get(name, blocked.NEVER) and blocked.suits(name, x, others):
         if not (x.requires_grad and torch.is_grad_enabled()):
             return blocked.compute(name, x.detach(), others, False)[0]
-        return function("Blocked").apply(name, reference, x, *others)
+        return (_applied.get("Blocked") or applied("Blocked"))(name, reference, x, *others)
     return reference(x, *others)
 
 

@@ -1,13 +1,16 @@
 """Public functions that torch has not: the divergence of two sets of logits, and entropies, in nats."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
+from .blocked import ordinary
 from .checks import given
-from .dispatch import place, run
+from .dispatch import place, run, small
 from .reference import BATCHMEAN, NONE
 
 
@@ -65,6 +68,20 @@ def kl_div_with_logits(
             **given(grad_in_forward=grad_in_forward, dtype=dtype),
         )  # fmt: skip
     number = BATCHMEAN if reduction == "batchmean" else _Reduction.get_enum(reduction)
+    if (
+        dtype is None
+        and number != NONE
+        and type(temperature) is float
+        and temperature > 0.0
+        and not grad_in_forward
+        and small("KLDivWithLogits", input, target)
+        and ordinary(input, target)
+        and target.size() == input.size()
+        and input.is_floating_point()
+    ):
+        loss = reference.finite_kl_div_with_logits(input, target, dim, temperature, reverse, number)
+        if isfinite(loss.item()):
+            return loss
     dim = checks.kl_div_with_logits(input, target, dim, temperature)
     result = checks.result_dtype(dtype, torch.promote_types(input.dtype, target.dtype), input)
     where = place(input, target, number, False, grad_in_forward)
@@ -149,6 +166,16 @@ def entropy_with_logits(
             **given(grad_in_forward=grad_in_forward, dtype=dtype),
         )  # fmt: skip
     number = _Reduction.get_enum(reduction)
+    if (
+        dtype is None
+        and not grad_in_forward
+        and small("EntropyWithLogits", input, None)
+        and ordinary(input)
+        and input.is_floating_point()
+    ):
+        loss = reference.finite_entropy_with_logits(input, dim, number)
+        if isfinite((loss.detach().sum() if number == NONE else loss).item()):
+            return loss
     dim = checks.class_dim("entropy_with_logits", input, dim)
     where = place(input, None, number, False, grad_in_forward)
     result = checks.result_dtype(dtype, input.dtype, input)

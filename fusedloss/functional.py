@@ -94,6 +94,14 @@ def binary_cross_entropy_with_logits(
             ),
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
+    if (
+        weight is pos_weight is dtype is None
+        and not (label_smoothing or inplace or grad_in_forward)
+        and small("BCEWithLogits", input, target)
+        and target.size() == input.size()
+        and input.is_floating_point()
+    ):
+        return reference.bce_with_logits_alone(input, target, number)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
     result = target.dtype
     if dtype is not None or result is not torch.float32:

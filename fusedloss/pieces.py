@@ -23,7 +23,9 @@ APART = 1 << 21  # elements: of smaller tensors all threads share the pieces, as
 WORKERS = 8  # at most: each has buffers, and Python runs one at a time
 SINGLE = torch.float32
 KEPT = 2  # workers' buffers that are kept from walk to walk: pages that malloc gave back cost as much as the arithmetic
-_kept: list[Tensor] = []
+
+Taken = tuple[Tensor, tuple[int, ...], tuple[Tensor, ...]]
+_kept: list[Taken] = []
 
 
 @cache
@@ -36,16 +38,32 @@ def _set_own_threads() -> Callable | None:
         return None
 
 
-def _taken(size: int) -> Tensor:
-    """Memory for a worker's buffers: what an earlier walk left, where it is enough."""
+@cache
+def constant(value: float) -> Tensor:
+    """A number as a tensor: operations read it sooner than Python's."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=SINGLE, device="cpu")
+
+
+def _taken(shape: tuple[int, ...]) -> Taken:
+    """A worker's memory, and buffers in it, shape[0] of them: what an earlier walk left, where it is enough."""
+    size, memory = math.prod(shape), None
     try:
-        memory = _kept.pop()
+        memory, before, _ = kept = _kept.pop()
+        if before == shape:
+            return kept
     except IndexError:
-        memory = None
-    if memory is None or len(memory) < size:
-        with torch.inference_mode(False):
+        pass
+    with torch.inference_mode(False):
+        if memory is None or len(memory) < size:
             memory = torch.empty(size, dtype=SINGLE, device="cpu")
-    return memory
+        return memory, shape, memory[:size].view(shape).unbind()
+
+
+def _keep(*taken: Taken) -> None:
+    for some in taken:
+        if len(_kept) < KEPT and some[0].numel() <= 8 * PIECE:
+            _kept.append(some)
 
 
 def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float:
@@ -54,15 +72,25 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
     The first tensor sets how many rows there are; a shorter one serves every piece. The first two are converted.
     """
     length, width = tensors[0].shape[0], tensors[0].shape[1:]
-    rows = min(rows, length)
     convert = [i for i, t in enumerate(tensors[:2]) if t.dtype in (torch.float16, torch.bfloat16)]
+    shape = spares + len(convert), min(rows, length), *width
+    if length <= rows:
+        whole = _taken(shape)
+        buffers = whole[2]
+        if convert:
+            for i, buffer in zip(convert, buffers[spares:], strict=True):
+                tensors[i] = buffer.copy_(tensors[i])
+            buffers = buffers[:spares]
+        total = formula(*tensors, *buffers)
+        _keep(whole)
+        return total
     cut = [t is not None and len(t) == length for t in tensors]
     starts = range(0, length, rows)
     threads, set_own_threads = torch.get_num_threads(), _set_own_threads()
     workers = min(threads, WORKERS, len(starts)) if set_own_threads and tensors[0].numel() >= APART else 1
     sums, turn, inference = [0.0] * len(starts), count(), torch.is_inference_mode_enabled()
 
-    def work(buffers: list[Tensor]) -> None:
+    def work(buffers: tuple[Tensor, ...]) -> None:
         if set_own_threads and workers > 1:
             torch.get_num_threads()  # torch's own setting for a new thread comes first
             set_own_threads(threads // workers)
@@ -78,13 +106,11 @@ def walk(formula: Callable, rows: int, tensors: list[Any], spares: int) -> float
                     given[i] = buffer.copy_(given[i])
                 sums[k] = formula(*given, *own[:spares])
 
-    shape = spares + len(convert), rows, *width
-    memories = [_taken(math.prod(shape)) for _ in range(workers)]
-    own = [list(memory[: math.prod(shape)].view(shape)) for memory in memories]
+    taken = [_taken(shape) for _ in range(workers)]
     if workers == 1:
-        work(*own)
+        work(taken[0][2])
     else:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, own))
-    _kept.extend(memory for memory in memories[: max(0, KEPT - len(_kept))] if len(memory) <= 8 * PIECE)
+            list(pool.map(work, [buffers for _, _, buffers in taken]))
+    _keep(*taken)
     return sum(sums)

@@ -50,6 +50,14 @@ def _softplus(x: Tensor) -> Tensor:
     return softplus(x, 1.0, 80.0)  # written out: Dynamo would take a global float for an input
 
 
+def bce_with_logits_alone(x: Tensor, target: Tensor, reduction: int) -> Tensor:
+    """(1 - t) softplus(x) + t softplus(-x), of tensors of one dtype."""
+    dtype = x.dtype
+    if dtype in HALF:
+        x, target = x.to(torch.float32), target.to(torch.float32)
+    return _reduce(torch.lerp(_softplus(x), _softplus(-x), target), reduction, dtype)
+
+
 def bce_with_logits(
     x: Tensor,
     target: Tensor,
@@ -174,6 +182,22 @@ def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: t
     return _cast(loss, dtype)
 
 
+def finite_kl_div_with_logits(
+    x: Tensor, target: Tensor, dim: int, temperature: float, reverse: bool, reduction: int
+) -> Tensor:
+    """The function below by torch's own, for tensors of one dtype: nan where a class has no probability in either."""
+    dtype = x.dtype
+    wide = torch.float32 if dtype in HALF else dtype
+    scale = temperature * temperature / (x.shape[0] if reduction == BATCHMEAN else 1)
+    if temperature != 1.0:
+        x, target = x.to(wide) / temperature, target.to(wide) / temperature
+    log_q, log_p = torch.log_softmax(x, dim, wide), torch.log_softmax(target, dim, wide)
+    if reverse:
+        log_q, log_p = log_p, log_q
+    loss = _torch_kl_div(log_q, log_p, SUM if reduction == BATCHMEAN else reduction, log_target=True)
+    return _cast(loss if scale == 1.0 else loss * scale, dtype)
+
+
 def kl_div_with_logits(
     x: Tensor,
     target: Tensor,
@@ -206,6 +230,12 @@ def entropy(p: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:
     """-sum p log p over `dim`."""
     (p,) = _widen(dtype, p)
     return _reduce(torch.special.entr(p).sum(dim), reduction, dtype)
+
+
+def finite_entropy_with_logits(x: Tensor, dim: int, reduction: int) -> Tensor:
+    """The function below without its care for classes that have no probability: nan where one is -inf."""
+    log_p = torch.log_softmax(x, dim, torch.float32 if x.dtype in HALF else x.dtype)
+    return _reduce(-(log_p.exp() * log_p).sum(dim), reduction, x.dtype)
 
 
 def entropy_with_logits(x: Tensor, dim: int, reduction: int, place: int, dtype: torch.dtype) -> Tensor:
