@@ -3,10 +3,10 @@
     python benchmarks/cpu.py
     python benchmarks/cpu.py --rows 1024 --busy 1 --compile
 
-Each round times every implementation once, one after another: what slows one slows the others. A result is compared
-with float64's, in ten of its rows, before anything is timed. Temporary memory is the most that torch allocated at a
-time in the calling thread (which makes its workers' buffers too), less what the call returned. `--busy 1` lets another
-process compute on the first core meanwhile.
+Each round times every implementation, one after another, forth and back: what slows one slows the others. A result is
+compared with float64's, in ten of its rows, before anything is timed. Temporary memory is the most that torch allocated
+at a time in the calling thread (which makes its workers' buffers too), less what the call returned. `--busy 1` lets
+another process compute on the first core meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fusedloss import pieces
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 warnings.filterwarnings("ignore", message="reduction: 'mean' divides")
+SHORT, ROUNDS = 20.0, 31  # milliseconds of a short call, and how often it is timed at least
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -94,15 +95,24 @@ def temporary(call: Callable[[], Inputs]) -> float:
 
 
 def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds; one untimed round first."""
+    """Median milliseconds a call; one untimed round first. Short calls are timed several at a time, in more rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
+    names, repeats = list(calls), 1
+    while len(samples[names[0]]) <= rounds:
+        for name in names:
             start = time.perf_counter()
-            results = call()
-            samples[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(repeats):
+                results = calls[name]()
+            samples[name].append((time.perf_counter() - start) * 1e3 / repeats)
             del results
+        if len(samples[names[0]]) == 1 and (shortest := min(s[0] for s in samples.values())) < SHORT:
+            repeats, rounds = max(1, round(SHORT / 5 / shortest)), max(rounds, ROUNDS)
+        names.reverse()
     return {name: statistics.median(s[1:]) for name, s in samples.items()}
+
+
+def number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 10.0 else f"{ms:.3f}"
 
 
 def model() -> str:
@@ -138,7 +148,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict]:
                 calls = {n: passes(f, given)[part] for n, f in implementations.items()}
                 memory = {n: temporary(c) for n, c in calls.items()}
                 ms = interleaved(calls, args.rounds)
-                cells = [f"{ms[n]:.0f} ({memory[n]:.0f})" for n in names]
+                cells = [f"{number(ms[n])} ({memory[n]:.0f})" for n in names]
                 ratios = [f"{ms[n] / ms['ours']:.2f}" for n in names[1:]]
                 table.add_row(name.replace("binary_cross_entropy", "bce"), dtype, part, verdict or cells[0], *cells[1:],
                               *ratios)  # fmt: skip

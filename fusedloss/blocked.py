@@ -7,7 +7,6 @@ here where `suits` says so; whatever is odd stays with the reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch

@@ -144,7 +144,7 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
     return dtype in DTYPES
 
 
-def small(name: str, x: Tensor, other: Tensor | None, another: Tensor | None = None) -> bool:
+def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | None = None) -> bool:
     """Whether the reference, where it calls torch's own function on these, may be called at once: an input of
     several rows in a CPU's memory, too small for pieces, and other tensors of its dtype. That function checks them."""
     return (
@@ -158,6 +158,11 @@ def small(name: str, x: Tensor, other: Tensor | None, another: Tensor | None = N
         and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
         and (x.dtype not in HALF or not torch.is_autocast_enabled("cpu"))
     )
+
+
+def readable(name: str, x: Tensor, *others: Tensor) -> bool:
+    """Whether these are `small`, and the value of what is computed from them may be looked at."""
+    return small(name, x, *others) and blocked.ordinary(x, *others)
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:

@@ -8,9 +8,8 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
-from .blocked import ordinary
 from .checks import given
-from .dispatch import place, run, small
+from .dispatch import place, readable, run
 from .reference import BATCHMEAN, NONE
 
 
@@ -74,8 +73,7 @@ def kl_div_with_logits(
         and type(temperature) is float
         and temperature > 0.0
         and not grad_in_forward
-        and small("KLDivWithLogits", input, target)
-        and ordinary(input, target)
+        and readable("KLDivWithLogits", input, target)
         and target.size() == input.size()
         and input.is_floating_point()
     ):
@@ -169,8 +167,7 @@ def entropy_with_logits(
     if (
         dtype is None
         and not grad_in_forward
-        and small("EntropyWithLogits", input, None)
-        and ordinary(input)
+        and readable("EntropyWithLogits", input)
         and input.is_floating_point()
     ):
         loss = reference.finite_entropy_with_logits(input, dim, number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .reference import NONE
 NORMAL = torch.finfo(SINGLE).tiny  # logarithms of smaller numbers, and of 0, take MKL ten times as long
 
 
-SHORT = PIECE // 16  # elements: an operation of fewer takes no less time
+SHORT = PIECE // 16  # elements of which a logarithm takes no longer than a step that leads to fewer
 LOG2E = math.log2(math.e)
 
 
@@ -81,7 +82,7 @@ def bce_with_logits(want: bool, smoothing: float) -> Callable:
             k, t = torch.neg(t, out=a).add_(one), torch.mul(t, p, out=b)
             torch.lerp(torch.neg(t, out=d), k, positive, out=d)
             k, a = k.add_(t), b
-        if want and w is None and p is None and out is None and x.numel() > SHORT:
+        if want and w is None and p is None and out is None and x.numel() > PIECE // 2:
             loss = log1p_sum(e.view(-1), a.view(-1)) + torch.mul(x, d, out=a).sum().item()
         elif want:
             torch.log1p(e, out=a)
@@ -204,7 +205,9 @@ def kl_div_with_logits(want: bool, reverse: bool, temperature: float) -> Callabl
         return out if temperature == 1.0 else out.mul_(1.0 / temperature)
 
     def formula(x, t, g, dx, u1, u2, w1):
-        first, second, loss, mean = *((x, t) if reverse else (t, x)), 0.0, None
+        first, second = (x, t) if reverse else (t, x)
+        loss = 0.0
+        mean: Any = None
         s1 = exp(shifted(first, u1), w1).sum(1, keepdim=True)
         shifted(second, u2)
         gap = u1.sub_(u2) if want or reverse else u1
