@@ -21,8 +21,11 @@ from . import oracle
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
-REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked, formulas)] + [(pieces, "APART", pieces.APART)]
-SIZES = {"fits": (12, 40), "ragged": (37, 40), "wide": (5, 129)}  # pieces of 96 elements, or of whole rows
+REAL = [(m, "PIECE", m.PIECE) for m in (pieces, blocked, formulas)]
+REAL += [(pieces, "APART", pieces.APART), (formulas, "SHORT", formulas.SHORT)]
+SIZES = {  # pieces of 96 elements, or of whole rows
+    "short": (3, 12), "one piece": (4, 20), "fits": (12, 40), "ragged": (37, 40), "wide": (5, 129),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,8 @@ def small(monkeypatch):
     """Pieces for small tensors, and a list that tells whether they were used."""
     used, run = [], blocked.walk
     for module, name, value in (
-        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (pieces, "APART", 1),
+        (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (formulas, "SHORT", 6),
+        (pieces, "APART", 1),
         (blocked, "LARGE", dict.fromkeys(blocked.LARGE, 1)), (blocked, "CLASSES", 2), (blocked, "KEPT", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
