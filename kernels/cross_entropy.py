@@ -66,7 +66,7 @@ def cross_entropy_forward_kernel(
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
                            at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        q_sum = shift * others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
+        q_sum = others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
@@ -77,6 +77,8 @@ def cross_entropy_forward_kernel(
         m2, s2, a2, b2 = lse_update(x, q, None, m2, s2, a2, b2, DENSE, 1, EDGE, 1)
         m2, s2, a2, b2 = lse_join(m2, s2, a2, b2)
         m, s, a, b = lse_meet(m, s, a, b, m2, s2, a2, b2)
+    if SMOOTH and not PROBS:
+        a, b = a * shift, b * shift
     x_y = 0.0 if PROBS else load_label_logit(x_ptr, x_at, label, x_class_stride, softcap, CAP)
     loss, z_loss = row_loss((m, s, a, b), x_y, w_y, kept, keep, shift, z_factor, PROBS, SMOOTH, Z)
     at = rows_ptr + row
@@ -111,7 +113,7 @@ def cross_entropy_forward_kernel(
             p, dy = label_gradient(g, g_z, w_y, m, s, b, x_y, keep, shift, z_factor, SMOOTH, Z)
             lse = m  # not asked for
         to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride, None, 0, 0)
-        put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
+        put_rows(to, x_from, q_from, (m, p, g if PROBS else g * shift, dy, lse), (x_at, n_cols, label, kept, live),
                  PROBS, WEIGHT, SMOOTH, CAP, False, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def cross_entropy_backward_kernel(
         lse = m  # not asked for
     to = (dx_ptr, outer * dx_outer + column(d) * dx_inner, dx_class_stride,
           dt_ptr, outer * dt_outer + column(d) * dt_inner, dt_class_stride)  # fmt: skip
-    put_rows(to, x_from, q_from, (m, p, g, dy, lse), (x_at, n_cols, label, kept, live),
+    put_rows(to, x_from, q_from, (m, p, g if PROBS else g * shift, dy, lse), (x_at, n_cols, label, kept, live),
              PROBS, WEIGHT, SMOOTH, CAP, TARGET_GRAD, ROWS, U, UP, T, V, HINT)  # fmt: skip
 
 

@@ -23,15 +23,15 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 
 @triton.jit
 def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
-    """(q, w) of a block: q = w (keep t + shift), and for labels w shift."""
+    """(q, w) of a block: q = w (keep t + shift), and for labels w alone: shift is the row's."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
-    q, w = shift, 1.0
+    q, w = 1.0, 1.0
     if PROBS:
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
         w = load_weights(weight_ptr, col, lane, bounds, HINT)
-        q *= w
+        q = q * w if PROBS else w
     return q, w
 
 
@@ -138,10 +138,11 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     m, p, g, dy, lse = row_values
     x = load_x(x_from, col, lane, bounds, CAP, HINT)
     u = scale2(x, m)
-    dx = p * tl.exp2(u)
     if PROBS or SMOOTH:
         q, w = load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)
-        dx = tl.fma(-g, q, dx)
+        dx = tl.fma(p, tl.exp2(u), -g * q)
+    else:
+        dx = p * tl.exp2(u)
     mask = None
     if bounds is not None:
         dx = tl.where(is_label, dy, dx)
