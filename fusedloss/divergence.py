@@ -70,7 +70,7 @@ def kl_div_with_logits(
     if (
         dtype is None
         and number != NONE
-        and type(temperature) is float
+        and type(temperature) in (float, int)
         and temperature > 0.0
         and not grad_in_forward
         and readable("KLDivWithLogits", input, target)
