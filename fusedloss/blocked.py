@@ -37,7 +37,7 @@ Results = tuple[Tensor | None, Tensor | None]  # the loss and its gradient, as f
 
 
 def _scalar(x: float, dtype: torch.dtype) -> Tensor:
-    return torch.full((), x, dtype=dtype, device="cpu")
+    return torch.tensor(x, dtype=dtype, device="cpu")  # which takes what is beyond the dtype's range for infinite
 
 
 def _cross_entropy(x: Tensor, others: Any, upstream: Tensor | None, want: bool, grad: bool) -> Results:
@@ -209,7 +209,7 @@ def ordinary(*tensors: Tensor) -> bool:
 def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:
     """Whether these arguments are among those that are computed here; the reference takes them all."""
     target, tensors, grad = others[0], [t for t in others if isinstance(t, Tensor)], torch.is_grad_enabled()
-    if x.dtype not in DTYPES or others[-1] not in DTYPES or not x.is_contiguous() or not ordinary(x, *tensors):
+    if x.dtype not in DTYPES or others[-1] not in DTYPES or not ordinary(x, *tensors) or not x.is_contiguous():
         return False
     for t in tensors:
         if not t.is_contiguous() or (grad and t.requires_grad) or (t.dtype not in DTYPES and t is not target):

@@ -75,7 +75,8 @@ def kl_div_with_logits(
         and not grad_in_forward
         and readable("KLDivWithLogits", input, target)
         and target.size() == input.size()
-        and input.is_floating_point()
+        and type(dim) is int
+        and input.dtype in reference.FLOATS
     ):
         loss = reference.finite_kl_div_with_logits(input, target, dim, temperature, reverse, number)
         if isfinite(loss.item()):
@@ -168,7 +169,8 @@ def entropy_with_logits(
         dtype is None
         and not grad_in_forward
         and readable("EntropyWithLogits", input)
-        and input.is_floating_point()
+        and type(dim) is int
+        and input.dtype in reference.FLOATS
     ):
         loss = reference.finite_entropy_with_logits(input, dim, number)
         if isfinite((loss.detach().sum() if number == NONE else loss).item()):

@@ -99,7 +99,7 @@ def binary_cross_entropy_with_logits(
         and not (label_smoothing or inplace or grad_in_forward)
         and small("BCEWithLogits", input, target)
         and target.size() == input.size()
-        and input.is_floating_point()
+        and input.dtype in reference.FLOATS
     ):
         return reference.bce_with_logits_alone(input, target, number)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)

@@ -5,6 +5,7 @@ than the input's, the inputs are converted first and nothing is rounded between.
 is torch's own function, which then also refuses what torch refuses.
 """
 
+from math import nan
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one 
 BACKWARD, INPLACE, FORWARD = range(3)  # where kernels put a gradient; the reference has no choice
 HALF = frozenset((torch.float16, torch.bfloat16))
 _SINGLE_DOUBLE = frozenset((torch.float32, torch.float64))
-_FLOATS = HALF | _SINGLE_DOUBLE
+FLOATS = HALF | _SINGLE_DOUBLE
 
 # taken now, so that a later change of torch's public names does not lead back here
 _torch_bce: Any = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
@@ -74,7 +75,7 @@ def bce_with_logits(
             x, target = _widen(dtype, x, target)
         target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
     if not (x.dtype is target.dtype is dtype and dtype in _SINGLE_DOUBLE):
-        if x.dtype not in _FLOATS or target.dtype not in _FLOATS:
+        if x.dtype not in FLOATS or target.dtype not in FLOATS:
             return _cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
         x, target = _widen(dtype, x, target)
     if weight is None and pos_weight is None:
@@ -185,10 +186,13 @@ def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: t
 def finite_kl_div_with_logits(
     x: Tensor, target: Tensor, dim: int, temperature: float, reverse: bool, reduction: int
 ) -> Tensor:
-    """The function below by torch's own, for tensors of one dtype: nan where a class has no probability in either."""
+    """The function below by torch's own, for tensors of one dtype: nan where a class has no probability in either,
+    and for a batch of 0."""
     dtype = x.dtype
     wide = torch.float32 if dtype in HALF else dtype
-    scale = temperature * temperature / (x.shape[0] if reduction == BATCHMEAN else 1)
+    scale = temperature * temperature
+    if reduction == BATCHMEAN:
+        scale = scale / x.shape[0] if x.shape[0] else nan
     if temperature != 1.0:
         x, target = x.to(wide) / temperature, target.to(wide) / temperature
     log_q, log_p = torch.log_softmax(x, dim, wide), torch.log_softmax(target, dim, wide)

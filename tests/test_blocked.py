@@ -309,6 +309,14 @@ class TestElements:
         assert len(small) == 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_beyond_the_dtype_is_infinite(small, dtype):
+    x = torch.full((4, 20), torch.finfo(dtype).max, dtype=dtype)
+    for t, exact in ((torch.zeros_like(x), float("inf")), (torch.ones_like(x), 0.0)):
+        loss = fusedloss.binary_cross_entropy_with_logits(x, t, reduction="sum")
+        assert small and loss.dtype == dtype and loss.item() == exact
+
+
 class TestMemory:
     def test_buffers_are_kept_and_used_again(self, monkeypatch):
         monkeypatch.setattr(pieces, "_kept", [])

@@ -246,6 +246,18 @@ class TestDivergences:
             torch.testing.assert_close(a.grad[:, :5], b.grad, rtol=1e-13, atol=1e-15)
             assert not a.grad[:, 5:].any()
 
+    @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (0,)], ids=str)
+    def test_mean_of_a_batch_of_none_is_nan(self, shape):
+        x = torch.zeros(shape, requires_grad=True)
+        loss = fusedloss.kl_div_with_logits(x, torch.zeros(shape))
+        assert loss.isnan() and torch.autograd.grad(loss, x)[0].shape == shape
+
+    def test_dim_of_another_type(self):
+        x = torch.randn(4, 6)
+        assert torch.equal(fusedloss.entropy_with_logits(x, dim=True), fusedloss.entropy_with_logits(x, dim=1))
+        expected = fusedloss.kl_div_with_logits(x, x.flip(0), dim=1)
+        torch.testing.assert_close(fusedloss.kl_div_with_logits(x, x.flip(0), dim=True), expected)
+
     def test_class_that_only_the_input_excludes_is_infinite(self):
         x = torch.tensor([[0.0, -INFINITY]])
         assert fusedloss.kl_div_with_logits(x, torch.zeros(1, 2)) == INFINITY
