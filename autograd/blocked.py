@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedloss import blocked
 
-from .gradient import gradients
+from .gradient import by_reference, gradients
 
 
 class Blocked(torch.autograd.Function):
@@ -43,8 +43,6 @@ class Blocked(torch.autograd.Function):
             loss = reference(x, *others())
             return loss[0] if isinstance(loss, tuple) else loss
 
-        if not blocked.ordinary(dloss):  # a batch of gradients, or one that is watched
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return None, None, *torch.autograd.grad(composed(x), x, dloss), *none
+        if not blocked.ordinary(dloss):
+            return None, None, by_reference(composed, dloss, x), *none
         return None, None, *gradients(launch, composed, dloss, x)[:1], *none

@@ -60,6 +60,13 @@ def gradients(
     return launch(dloss)
 
 
+def by_reference(reference: Callable, dloss: Tensor, x: Tensor) -> Tensor:
+    """The same gradient by autograd: for an upstream that is a batch of gradients, or one that is watched."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(reference(x), x, dloss)[0]
+
+
 def overwritten(x: Tensor) -> Tensor:
     """The memory of x as a gradient; its version tells those who saved x."""
     torch.autograd.graph.increment_version(x)

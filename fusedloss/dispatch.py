@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import blocked
+from . import blocked, short
 from .reference import BACKWARD, FORWARD, HALF, INPLACE, NONE
 
 TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
@@ -31,6 +31,7 @@ FUNCTIONS = {  # class: its module in fusedloss.autograd
     "KLDiv": "kl_div",
     "KLDivWithLogits": "kl_div_with_logits",
     "NLLLoss": "nll_loss",
+    "Short": "short",
 }
 BINARY = frozenset(("BCE", "BCEWithLogits"))  # their weights broadcast to the input
 
@@ -163,6 +164,19 @@ def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | N
 def readable(name: str, x: Tensor, *others: Tensor) -> bool:
     """Whether these are `small`, and the value of what is computed from them may be looked at."""
     return small(name, x, *others) and blocked.ordinary(x, *others)
+
+
+def run_short(name: str, known: bool, x: Tensor, target: Tensor | None, *numbers: Any) -> Tensor:
+    """A loss of `small` tensors of one dtype, `known` to be ordinary or not."""
+    if (
+        x.requires_grad
+        and torch.is_grad_enabled()
+        and not (target is not None and target.requires_grad)
+        and x.numel() > 0
+        and (known or blocked.ordinary(x if target is None else target, x))
+    ):
+        return (_applied.get("Short") or applied("Short"))(name, x, target, *numbers)
+    return short.LOSSES[name].loss(x, target, *numbers)[0]
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:

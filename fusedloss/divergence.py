@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
 from .checks import given
-from .dispatch import place, readable, run
+from .dispatch import place, readable, run, run_short
 from .reference import BATCHMEAN, NONE
 
 
@@ -78,7 +78,7 @@ def kl_div_with_logits(
         and type(dim) is int
         and input.dtype in reference.FLOATS
     ):
-        loss = reference.finite_kl_div_with_logits(input, target, dim, temperature, reverse, number)
+        loss = run_short("KLDivWithLogits", True, input, target, dim, temperature, reverse, number)
         if isfinite(loss.item()):
             return loss
     dim = checks.kl_div_with_logits(input, target, dim, temperature)
@@ -172,7 +172,7 @@ def entropy_with_logits(
         and type(dim) is int
         and input.dtype in reference.FLOATS
     ):
-        loss = reference.finite_entropy_with_logits(input, dim, number)
+        loss = run_short("EntropyWithLogits", True, input, None, dim, number)
         if isfinite((loss.detach().sum() if number == NONE else loss).item()):
             return loss
     dim = checks.class_dim("entropy_with_logits", input, dim)

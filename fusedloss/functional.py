@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
 from .checks import given
-from .dispatch import place, run, small
+from .dispatch import place, run, run_short, small
 from .divergence import entropy, entropy_with_logits, kl_div_with_logits
 from .reference import BACKWARD, BATCHMEAN, SUM
 
@@ -101,7 +101,7 @@ def binary_cross_entropy_with_logits(
         and target.size() == input.size()
         and input.dtype in reference.FLOATS
     ):
-        return reference.bce_with_logits_alone(input, target, number)
+        return run_short("BCEWithLogits", False, input, target, number)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
     result = target.dtype
     if dtype is not None or result is not torch.float32:

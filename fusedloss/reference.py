@@ -5,7 +5,6 @@ than the input's, the inputs are converted first and nothing is rounded between.
 is torch's own function, which then also refuses what torch refuses.
 """
 
-from math import nan
 from typing import Any
 
 import torch
@@ -34,29 +33,21 @@ def _widen(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(wide) for tensor in tensors]
 
 
-def _cast(loss: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(loss: Tensor, dtype: torch.dtype) -> Tensor:
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 
-def _reduce(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+def reduced(loss: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
     if reduction == MEAN:
         loss = loss.mean()
     elif reduction == SUM:
         loss = loss.sum()
-    return _cast(loss, dtype)
+    return cast(loss, dtype)
 
 
-def _softplus(x: Tensor) -> Tensor:
+def softplus_of(x: Tensor) -> Tensor:
     """log(1 + exp(x)): it is x to the last bit of float64 from 37 on, and exp(80) is finite in float32."""
     return softplus(x, 1.0, 80.0)  # written out: Dynamo would take a global float for an input
-
-
-def bce_with_logits_alone(x: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """(1 - t) softplus(x) + t softplus(-x), of tensors of one dtype."""
-    dtype = x.dtype
-    if dtype in HALF:
-        x, target = x.to(torch.float32), target.to(torch.float32)
-    return _reduce(torch.lerp(_softplus(x), _softplus(-x), target), reduction, dtype)
 
 
 def bce_with_logits(
@@ -76,20 +67,20 @@ def bce_with_logits(
         target = target * (1.0 - label_smoothing) + 0.5 * label_smoothing
     if not (x.dtype is target.dtype is dtype and dtype in _SINGLE_DOUBLE):
         if x.dtype not in FLOATS or target.dtype not in FLOATS:
-            return _cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
+            return cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
         x, target = _widen(dtype, x, target)
     if weight is None and pos_weight is None:
-        loss = torch.lerp(_softplus(x), _softplus(-x), target)
+        loss = torch.lerp(softplus_of(x), softplus_of(-x), target)
     elif _weight_is_odd(weight) or _weight_is_odd(pos_weight):
-        return _cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
+        return cast(_torch_bce_with_logits(x, target, weight, pos_weight, reduction), dtype)
     else:
-        positive = _softplus(-x)
+        positive = softplus_of(-x)
         if pos_weight is not None:
             positive = positive * pos_weight.to(x.dtype)
-        loss = torch.lerp(_softplus(x), positive, target)
+        loss = torch.lerp(softplus_of(x), positive, target)
         if weight is not None:
             loss = loss * weight
-    return _reduce(loss, reduction, dtype)
+    return reduced(loss, reduction, dtype)
 
 
 def _weight_is_odd(weight: Tensor | None) -> bool:
@@ -106,7 +97,7 @@ def bce(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, dtype:
     if x.dtype is not dtype and x.is_floating_point():
         wide = torch.promote_types(x.dtype, dtype)
         x, target = x.to(wide), target.to(wide)
-    return _cast(_torch_bce(x, target, weight, reduction), dtype)
+    return cast(_torch_bce(x, target, weight, reduction), dtype)
 
 
 def cross_entropy(
@@ -135,9 +126,9 @@ def cross_entropy(
         x = softcap * torch.tanh(x / softcap)
     loss = _torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
     if not z_loss:
-        return _cast(loss, dtype), None
+        return cast(loss, dtype), None
     z = _z_loss(x, target, ignore_index, z_loss, reduction).reshape(loss.shape)
-    return _cast(loss + z, dtype), _cast(z.detach(), dtype)
+    return cast(loss + z, dtype), cast(z.detach(), dtype)
 
 
 def _widen_rows(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -155,11 +146,11 @@ def _widen_probabilities(target: Tensor, x: Tensor) -> Tensor:
 def _z_loss(x: Tensor, target: Tensor, ignore_index: int, z_loss: float, reduction: int) -> Tensor:
     lse = x.logsumexp(0 if x.dim() == 1 else 1)
     if target.shape == x.shape:
-        return _reduce(z_loss * lse * lse, reduction, lse.dtype)
+        return reduced(z_loss * lse * lse, reduction, lse.dtype)
     kept = target.reshape(lse.shape) != ignore_index
     lse = lse.masked_fill(~kept, 0.0)
     z = z_loss * lse * lse
-    return z.sum() / kept.sum() if reduction == MEAN else _reduce(z, reduction, z.dtype)
+    return z.sum() / kept.sum() if reduction == MEAN else reduced(z, reduction, z.dtype)
 
 
 def nll_loss(
@@ -168,7 +159,7 @@ def nll_loss(
     """-w_y x_y, the input being log-probabilities."""
     if x.dtype is not dtype and x.is_floating_point():
         x, weight = _widen_rows(x, weight, dtype)
-    return _cast(_torch_nll_loss(x, target, weight, reduction, ignore_index), dtype)
+    return cast(_torch_nll_loss(x, target, weight, reduction, ignore_index), dtype)
 
 
 def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -180,26 +171,7 @@ def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: t
         loss = _torch_kl_div(x, target, SUM, log_target=log_target) / x.shape[0]
     else:
         loss = _torch_kl_div(x, target, reduction, log_target=log_target)
-    return _cast(loss, dtype)
-
-
-def finite_kl_div_with_logits(
-    x: Tensor, target: Tensor, dim: int, temperature: float, reverse: bool, reduction: int
-) -> Tensor:
-    """The function below by torch's own, for tensors of one dtype: nan where a class has no probability in either,
-    and for a batch of 0."""
-    dtype = x.dtype
-    wide = torch.float32 if dtype in HALF else dtype
-    scale = temperature * temperature
-    if reduction == BATCHMEAN:
-        scale = scale / x.shape[0] if x.shape[0] else nan
-    if temperature != 1.0:
-        x, target = x.to(wide) / temperature, target.to(wide) / temperature
-    log_q, log_p = torch.log_softmax(x, dim, wide), torch.log_softmax(target, dim, wide)
-    if reverse:
-        log_q, log_p = log_p, log_q
-    loss = _torch_kl_div(log_q, log_p, SUM if reduction == BATCHMEAN else reduction, log_target=True)
-    return _cast(loss if scale == 1.0 else loss * scale, dtype)
+    return cast(loss, dtype)
 
 
 def kl_div_with_logits(
@@ -226,20 +198,14 @@ def kl_div_with_logits(
     if temperature != 1.0:
         loss = temperature * temperature * loss
     if reduction == BATCHMEAN:
-        return _cast(loss.sum() / batch, dtype)
-    return _reduce(loss, reduction, dtype)
+        return cast(loss.sum() / batch, dtype)
+    return reduced(loss, reduction, dtype)
 
 
 def entropy(p: Tensor, dim: int, reduction: int, dtype: torch.dtype) -> Tensor:
     """-sum p log p over `dim`."""
     (p,) = _widen(dtype, p)
-    return _reduce(torch.special.entr(p).sum(dim), reduction, dtype)
-
-
-def finite_entropy_with_logits(x: Tensor, dim: int, reduction: int) -> Tensor:
-    """The function below without its care for classes that have no probability: nan where one is -inf."""
-    log_p = torch.log_softmax(x, dim, torch.float32 if x.dtype in HALF else x.dtype)
-    return _reduce(-(log_p.exp() * log_p).sum(dim), reduction, x.dtype)
+    return reduced(torch.special.entr(p).sum(dim), reduction, dtype)
 
 
 def entropy_with_logits(x: Tensor, dim: int, reduction: int, place: int, dtype: torch.dtype) -> Tensor:
@@ -247,4 +213,4 @@ def entropy_with_logits(x: Tensor, dim: int, reduction: int, place: int, dtype: 
     (x,) = _widen(dtype, x)
     log_p = torch.log_softmax(x, dim)
     # what is clamped has p = 0 in every dtype, and adds 0
-    return _reduce(-(log_p.exp() * log_p.clamp_min(-1e4)).sum(dim), reduction, dtype)
+    return reduced(-(log_p.exp() * log_p.clamp_min(-1e4)).sum(dim), reduction, dtype)

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # package: those below it. Kernels see nothing of the package; Functions see kernels, the reference and its pieces.
 LAYERS = {
     "kernels": {"kernels"},
-    "autograd": {"autograd", "kernels", "fusedloss.reference", "fusedloss.blocked"},
+    "autograd": {"autograd", "kernels", "fusedloss.reference", "fusedloss.blocked", "fusedloss.short"},
     "fusedloss.reference": set(),
+    "fusedloss.short": {"fusedloss.reference"},
     "fusedloss.pieces": set(),
     "fusedloss.formulas": {"fusedloss.pieces", "fusedloss.reference"},
     "fusedloss.blocked": {"fusedloss.formulas", "fusedloss.pieces", "fusedloss.reference"},
     "fusedloss.checks": set(),
-    "fusedloss.dispatch": {"autograd", "fusedloss.reference", "fusedloss.blocked"},
+    "fusedloss.dispatch": {"autograd", "fusedloss.reference", "fusedloss.blocked", "fusedloss.short"},
     "fusedloss.divergence": {"fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch"},
     "fusedloss.functional": {
         "fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch", "fusedloss.divergence"
