@@ -15,7 +15,7 @@ class Short(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, x, target, *numbers):
-        loss, kept = LOSSES[name].loss(x, target, *numbers)
+        loss, kept = LOSSES[name][0](x, target, *numbers)
         ctx.save_for_backward(x, target, *kept)
         ctx.call = name, numbers
         return loss
@@ -27,13 +27,13 @@ class Short(torch.autograd.Function):
         none = (None,) * (1 + len(numbers))
         ordinary = blocked.ordinary(dloss)
         if ordinary and not torch.is_grad_enabled():
-            return None, LOSSES[name].gradient(dloss, x, kept, *numbers), *none
+            return None, LOSSES[name][1](dloss, x, kept, *numbers), *none
 
         def launch(dloss):
-            return (LOSSES[name].gradient(dloss, x, kept, *numbers),)
+            return (LOSSES[name][1](dloss, x, kept, *numbers),)
 
         def composed(x, _=None):
-            return LOSSES[name].loss(x, target, *numbers)[0]
+            return LOSSES[name][0](x, target, *numbers)[0]
 
         if ordinary:
             return None, *gradients(launch, composed, dloss, x)[:1], *none

@@ -176,7 +176,7 @@ def run_short(name: str, known: bool, x: Tensor, target: Tensor | None, *numbers
         and (known or blocked.ordinary(x if target is None else target, x))
     ):
         return (_applied.get("Short") or applied("Short"))(name, x, target, *numbers)
-    return short.LOSSES[name].loss(x, target, *numbers)[0]
+    return short.LOSSES[name][0](x, target, *numbers)[0]
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:

@@ -21,7 +21,7 @@ FLOATS = HALF | _SINGLE_DOUBLE
 _torch_bce: Any = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
 _torch_bce_with_logits: Any = torch.binary_cross_entropy_with_logits
 _torch_cross_entropy: Any = torch._C._nn.cross_entropy_loss  # type: ignore[attr-defined]
-_torch_kl_div: Any = torch.kl_div
+torch_kl_div: Any = torch.kl_div
 _torch_nll_loss: Any = torch._C._nn.nll_loss_nd  # type: ignore[attr-defined]
 
 
@@ -168,9 +168,9 @@ def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: t
         wide = torch.promote_types(x.dtype, dtype)
         x, target = x.to(wide), target.to(torch.promote_types(target.dtype, wide))
     if reduction == BATCHMEAN:
-        loss = _torch_kl_div(x, target, SUM, log_target=log_target) / x.shape[0]
+        loss = torch_kl_div(x, target, SUM, log_target=log_target) / x.shape[0]
     else:
-        loss = _torch_kl_div(x, target, reduction, log_target=log_target)
+        loss = torch_kl_div(x, target, reduction, log_target=log_target)
     return cast(loss, dtype)
 
 

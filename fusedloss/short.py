@@ -1,6 +1,6 @@
-"""The losses of small CPU tensors in few torch operations, each with its gradient written out.
+"""The losses of small CPU tensors in few torch operations, some with their gradient written out.
 
-A call on them is overhead, operation by operation, and autograd would record, and run, twice as many. Tensors are of
+A call on them is overhead, operation by operation, and autograd may record, and run, twice as many. Tensors are of
 one dtype; computed in float32 (float64 in its own), rounded once. A loss that is not finite is the reference's.
 """
 
@@ -8,22 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import nan
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import BATCHMEAN, HALF, MEAN, NONE, cast, reduced, softplus_of
+from .reference import BATCHMEAN, HALF, MEAN, NONE, SUM, cast, reduced, softplus_of, torch_kl_div
 
 Kept = tuple[Tensor, ...]
-
-
-class Short(NamedTuple):
-    """loss(x, target, *numbers, reduction): the loss, and what its gradient is computed from; gradient(dloss, x, that,
-    *numbers, reduction)."""
-
-    loss: Callable[..., tuple[Tensor, Kept]]
-    gradient: Callable[..., Tensor]
 
 
 def _scaled(gradient: Tensor, dloss: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -51,8 +42,9 @@ def bce_with_logits_gradient(dloss: Tensor, x: Tensor, kept: Kept, reduction: in
 
 def kl_div_with_logits(
     x: Tensor, target: Tensor, dim: int, temperature: float, reverse: bool, reduction: int
-) -> tuple[Tensor, Kept]:
-    """T^2 p (log p - log q): nan where a class has no probability in either, and for a batch of 0."""
+) -> Tensor:
+    """T^2 p (log p - log q): nan where a class has no probability in either, and for a batch of 0. torch's own
+    functions do in one call what a gradient written out takes several for."""
     dtype = x.dtype
     wide = torch.float32 if dtype in HALF else dtype
     if temperature != 1.0:
@@ -60,26 +52,11 @@ def kl_div_with_logits(
     log_q, log_p = torch.log_softmax(x, dim, wide), torch.log_softmax(target, dim, wide)
     if reverse:
         log_q, log_p = log_p, log_q
-    p, gap = log_p.exp(), log_p - log_q
-    loss = (p * gap).mean() if reduction == MEAN else (p * gap).sum()
+    loss = torch_kl_div(log_q, log_p, SUM if reduction == BATCHMEAN else reduction, log_target=True)
     factor = temperature * temperature
     if reduction == BATCHMEAN:
         factor = factor / x.shape[0] if x.shape[0] else nan
-    return cast(loss if factor == 1.0 else loss * factor, dtype), (p, gap if reverse else log_q)
-
-
-def _share(x: Tensor, reduction: int) -> float:
-    """Of one element in the loss."""
-    return 1.0 / x.shape[0] if reduction == BATCHMEAN else 1.0 / x.numel() if reduction == MEAN else 1.0
-
-
-def kl_div_with_logits_gradient(
-    dloss: Tensor, x: Tensor, kept: Kept, dim: int, temperature: float, reverse: bool, reduction: int
-) -> Tensor:
-    """T (q - p), or where x is p, T p (log p - log q - their mean)."""
-    p, other = kept
-    dx = torch.sub(other, (p * other).sum(dim, True)).mul_(p) if reverse else other.exp().sub_(p)
-    return _scaled(dx, dloss, temperature * _share(x, reduction), x.dtype)
+    return cast(loss if factor == 1.0 else loss * factor, dtype)
 
 
 def entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int) -> tuple[Tensor, Kept]:
@@ -99,8 +76,9 @@ def entropy_with_logits_gradient(dloss: Tensor, x: Tensor, kept: Kept, dim: int,
     return _scaled(dx, dloss, -1.0 / minus.numel() if reduction == MEAN else -1.0, x.dtype)
 
 
-LOSSES = {
-    "BCEWithLogits": Short(bce_with_logits, bce_with_logits_gradient),
-    "EntropyWithLogits": Short(entropy_with_logits, entropy_with_logits_gradient),
-    "KLDivWithLogits": Short(kl_div_with_logits, kl_div_with_logits_gradient),
+# loss(x, target, *numbers, reduction): the loss, and what its gradient is computed from; and
+# gradient(dloss, x, that, *numbers, reduction)
+LOSSES: dict[str, tuple[Callable[..., tuple[Tensor, Kept]], Callable[..., Tensor]]] = {
+    "BCEWithLogits": (bce_with_logits, bce_with_logits_gradient),
+    "EntropyWithLogits": (entropy_with_logits, entropy_with_logits_gradient),
 }

@@ -21,7 +21,9 @@ LAYERS = {
     "fusedloss.blocked": {"fusedloss.formulas", "fusedloss.pieces", "fusedloss.reference"},
     "fusedloss.checks": set(),
     "fusedloss.dispatch": {"autograd", "fusedloss.reference", "fusedloss.blocked", "fusedloss.short"},
-    "fusedloss.divergence": {"fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch"},
+    "fusedloss.divergence": {
+        "fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch", "fusedloss.short"
+    },
     "fusedloss.functional": {
         "fusedloss.checks", "fusedloss.reference", "fusedloss.dispatch", "fusedloss.divergence"
     },

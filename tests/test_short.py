@@ -1,4 +1,4 @@
-"""Small CPU tensors whose gradient is written out: against float64, and what autograd asks of any function."""
+"""Small CPU tensors: against float64, and what autograd asks of any function, which some are here."""
 
 from functools import partial
 
@@ -72,7 +72,8 @@ def test_loss_and_gradient(case, dtype):
     ours, exact, keywords = CASES[case]
     x, t = inputs(dtype)
     loss = ours(x, t, **keywords)
-    assert type(loss.grad_fn).__name__ == "ShortBackward" and loss.dtype is dtype
+    assert loss.dtype is dtype
+    assert (type(loss.grad_fn).__name__ == "ShortBackward") is not case.startswith("kl")  # torch's own composition
     (dx,) = torch.autograd.grad(loss, x, uneven(loss))
     wide = x.detach().double().requires_grad_()
     wanted = exact(wide, t.double(), **keywords)
