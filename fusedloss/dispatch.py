@@ -34,6 +34,7 @@ FUNCTIONS = {  # class: its module in fusedloss.autograd
     "Short": "short",
 }
 BINARY = frozenset(("BCE", "BCEWithLogits"))  # their weights broadcast to the input
+LABELS = frozenset(("CrossEntropy", "NLLLoss"))  # the class dimension of one row is not that of several
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _installed = find_spec("triton") is not None
@@ -147,36 +148,43 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
 
 def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | None = None) -> bool:
     """Whether the reference, where it calls torch's own function on these, may be called at once: an input of
-    several rows in a CPU's memory, too small for pieces, and other tensors of its dtype. That function checks them."""
+    several rows, or elements, in a CPU's memory, too small for pieces, and other tensors of its dtype. That function
+    checks them."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and x.dim() > 1
+        and x.dim() > (name in LABELS)
         and not _any_device
         and not is_compiling()
-        and x.numel() < blocked.LARGE.get(name, blocked.NEVER)
+        and 0 < x.numel() < blocked.LARGE.get(name, blocked.NEVER)
         and (other is None or (type(other) is Tensor and other.dtype is x.dtype))
         and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
         and (x.dtype not in HALF or not torch.is_autocast_enabled("cpu"))
     )
 
 
-def readable(name: str, x: Tensor, *others: Tensor) -> bool:
-    """Whether these are `small`, and the value of what is computed from them may be looked at."""
-    return small(name, x, *others) and blocked.ordinary(x, *others)
+def readable(name: str, x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether these are `small`, of one shape, and what is computed from them may be looked at and written over."""
+    return (
+        small(name, x, other)
+        and x.layout is torch.strided
+        and (other is None or (other.is_same_size(x) and other.layout is torch.strided and other.is_cpu))
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
 
 
-def run_short(name: str, known: bool, x: Tensor, target: Tensor | None, *numbers: Any) -> Tensor:
-    """A loss of `small` tensors of one dtype, `known` to be ordinary or not."""
-    if (
-        x.requires_grad
-        and torch.is_grad_enabled()
-        and not (target is not None and target.requires_grad)
-        and x.numel() > 0
-        and (known or blocked.ordinary(x if target is None else target, x))
-    ):
-        return (_applied.get("Short") or applied("Short"))(name, x, target, *numbers)
-    return short.LOSSES[name][0](x, target, *numbers)[0]
+def run_short(name: str, x: Tensor, target: Tensor | None, *numbers: Any) -> Tensor:
+    """A loss of `readable` tensors of one dtype."""
+    loss, _, composed = short.LOSSES[name]
+    if torch.is_grad_enabled():
+        if target is not None and target.requires_grad:
+            return composed(x, target, *numbers)
+        if x.requires_grad:
+            return (_applied.get("Short") or applied("Short"))(name, x, target, *numbers)
+    return loss(x, target, *numbers)[0]
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:

@@ -74,7 +74,6 @@ def kl_div_with_logits(
         and temperature > 0.0
         and not grad_in_forward
         and readable("KLDivWithLogits", input, target)
-        and target.size() == input.size()
         and type(dim) is int
         and input.dtype in reference.FLOATS
     ):
@@ -172,7 +171,7 @@ def entropy_with_logits(
         and type(dim) is int
         and input.dtype in reference.FLOATS
     ):
-        loss = run_short("EntropyWithLogits", True, input, None, dim, number)
+        loss = run_short("EntropyWithLogits", input, None, dim, number)
         if isfinite((loss.detach().sum() if number == NONE else loss).item()):
             return loss
     dim = checks.class_dim("entropy_with_logits", input, dim)

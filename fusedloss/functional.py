@@ -16,9 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, reference
 from .checks import given
-from .dispatch import place, run, run_short, small
+from .dispatch import place, readable, run, run_short, small
 from .divergence import entropy, entropy_with_logits, kl_div_with_logits
-from .reference import BACKWARD, BATCHMEAN, SUM
+from .reference import BATCHMEAN, SUM
 
 __all__ = [
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "cross_entropy", "entropy",
@@ -97,11 +97,10 @@ def binary_cross_entropy_with_logits(
     if (
         weight is pos_weight is dtype is None
         and not (label_smoothing or inplace or grad_in_forward)
-        and small("BCEWithLogits", input, target)
-        and target.size() == input.size()
+        and readable("BCEWithLogits", input, target)
         and input.dtype in reference.FLOATS
     ):
-        return run_short("BCEWithLogits", False, input, target, number)
+        return run_short("BCEWithLogits", input, target, number)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)
     result = target.dtype
     if dtype is not None or result is not torch.float32:
@@ -163,7 +162,7 @@ def binary_cross_entropy(
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     if dtype is None and small("BCE", input, target, weight) and target.size() == input.size():
-        return reference.bce(input, target, weight, number, input.dtype)
+        return reference.torch_bce(input, target, weight if weight is None else weight.expand_as(input), number)
     checks.bce(input, target, weight)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -268,9 +267,7 @@ def cross_entropy(
     if softcap is dtype is None and not (z_loss or return_z_loss or inplace or grad_in_forward) and small(
         "CrossEntropy", input, weight, dense
     ):
-        return reference.cross_entropy(
-            input, target, weight, ignore_index, label_smoothing, 0.0, 0.0, number, BACKWARD, input.dtype
-        )[0]
+        return reference.torch_cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     checks.cross_entropy(input, target, weight, ignore_index, label_smoothing, z_loss, softcap)
     result = input.dtype
     if dense is not None:
@@ -346,7 +343,7 @@ def nll_loss(
         )  # fmt: skip
     number = _number(reduction, size_average, reduce)
     if dtype is None and small("NLLLoss", input, weight):
-        return reference.nll_loss(input, target, weight, ignore_index, number, input.dtype)
+        return reference.torch_nll_loss(input, target, weight, number, ignore_index)
     checks.nll_loss(input, target, weight, ignore_index)
     result = input.dtype
     if dtype is not None or result is not torch.float32:
@@ -418,8 +415,9 @@ def kl_div(
                 stacklevel=2,
             )
         number = _Reduction.get_enum(reduction)
-    if dtype is None and not batchmean and small("KLDiv", input, target):
-        return reference.kl_div(input, target, log_target, number, input.dtype)
+    if dtype is None and small("KLDiv", input, target):
+        loss = reference.torch_kl_div(input, target, number, log_target=log_target)
+        return loss / input.shape[0] if batchmean else loss
     checks.kl_div(input, target)
     result = input.dtype
     if result is not target.dtype:

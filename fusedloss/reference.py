@@ -18,11 +18,11 @@ _SINGLE_DOUBLE = frozenset((torch.float32, torch.float64))
 FLOATS = HALF | _SINGLE_DOUBLE
 
 # taken now, so that a later change of torch's public names does not lead back here
-_torch_bce: Any = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
+torch_bce: Any = torch._C._nn.binary_cross_entropy  # type: ignore[attr-defined]
 _torch_bce_with_logits: Any = torch.binary_cross_entropy_with_logits
-_torch_cross_entropy: Any = torch._C._nn.cross_entropy_loss  # type: ignore[attr-defined]
+torch_cross_entropy: Any = torch._C._nn.cross_entropy_loss  # type: ignore[attr-defined]
 torch_kl_div: Any = torch.kl_div
-_torch_nll_loss: Any = torch._C._nn.nll_loss_nd  # type: ignore[attr-defined]
+torch_nll_loss: Any = torch._C._nn.nll_loss_nd  # type: ignore[attr-defined]
 
 
 def _widen(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -97,7 +97,7 @@ def bce(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, dtype:
     if x.dtype is not dtype and x.is_floating_point():
         wide = torch.promote_types(x.dtype, dtype)
         x, target = x.to(wide), target.to(wide)
-    return cast(_torch_bce(x, target, weight, reduction), dtype)
+    return cast(torch_bce(x, target, weight, reduction), dtype)
 
 
 def cross_entropy(
@@ -117,14 +117,14 @@ def cross_entropy(
         x, weight = _widen_rows(x, weight, dtype)
         target = _widen_probabilities(target, x)
     if not z_loss and not softcap:
-        loss = _torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
+        loss = torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
         return (loss if loss.dtype is dtype else loss.to(dtype)), None
     if x.dtype in HALF:
         x, weight = _widen_rows(x, weight, torch.float32)
         target = _widen_probabilities(target, x)
     if softcap:
         x = softcap * torch.tanh(x / softcap)
-    loss = _torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
+    loss = torch_cross_entropy(x, target, weight, reduction, ignore_index, label_smoothing)
     if not z_loss:
         return cast(loss, dtype), None
     z = _z_loss(x, target, ignore_index, z_loss, reduction).reshape(loss.shape)
@@ -159,7 +159,7 @@ def nll_loss(
     """-w_y x_y, the input being log-probabilities."""
     if x.dtype is not dtype and x.is_floating_point():
         x, weight = _widen_rows(x, weight, dtype)
-    return cast(_torch_nll_loss(x, target, weight, reduction, ignore_index), dtype)
+    return cast(torch_nll_loss(x, target, weight, reduction, ignore_index), dtype)
 
 
 def kl_div(x: Tensor, target: Tensor, log_target: bool, reduction: int, dtype: torch.dtype) -> Tensor:

@@ -113,6 +113,23 @@ def test_tails_keep_relative_accuracy():
     assert dx[0, 4] == 0.0
 
 
+@pytest.mark.parametrize("elements", [4095, 4096])
+@pytest.mark.parametrize("t", [0.0, 1e-7, 0.3, 1 - 1e-7, 1.0])
+def test_both_forms_of_binary_cross_entropy(elements, t):
+    """Few elements, and more: each loss to its own size, in both tails."""
+    x = torch.linspace(-80, 80, elements, requires_grad=True)
+    t = torch.full_like(x, t)
+    loss = BCE(x, t, reduction="none")
+    assert type(loss.grad_fn).__name__ == "ShortBackward"
+    (dx,) = torch.autograd.grad(loss, x, uneven(loss))
+    wide, soft = x.detach().double(), t.double()
+    tail = (-wide.abs()).exp()
+    right = (1 - soft) * wide.relu() + soft * (-wide).relu() + tail.log1p()
+    torch.testing.assert_close(loss.double(), right, rtol=8e-6, atol=0.0)
+    right = ((1 - soft) * wide.sigmoid() - soft * (-wide).sigmoid()) * uneven(loss)
+    torch.testing.assert_close(dx.double(), right, rtol=1e-6, atol=1e-7 if 0.0 < t[0] < 1.0 else 0.0)
+
+
 @pytest.mark.parametrize("case", ["bce mean", "kl batchmean", "entropy mean"])
 def test_others_are_left_to_autograd(case):
     """A target that requires a gradient, modes, transforms and tensors without elements."""
@@ -129,6 +146,24 @@ def test_others_are_left_to_autograd(case):
         loss = ours(x, t.clone().requires_grad_())
         assert type(loss.grad_fn).__name__ != "ShortBackward"
         torch.testing.assert_close(torch.autograd.grad(loss, x)[0], dx)
+
+
+@pytest.mark.parametrize("case", ["bce mean", "bce none", "kl batchmean", "entropy mean", "entropy none"])
+def test_no_elements(case):
+    ours, _, keywords = CASES[case]
+    x, t = inputs(shape=(0, 3))
+    loss = ours(x, t, **keywords)
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert dx.shape == x.shape
+    assert loss.isnan().all() if loss.dim() == 0 else loss.numel() == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_dimension(case):
+    (ours, exact, keywords), (x, t) = CASES[case], inputs(shape=(7,))
+    keywords = {**keywords, "dim": 0} if "dim" in keywords else keywords
+    loss = ours(x, t, **keywords)
+    torch.testing.assert_close(loss.double(), exact(x.double(), t.double(), **keywords), rtol=2e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("ours", [KL, lambda x, t: ENTROPY(x, reduction="sum")])
