@@ -19,7 +19,7 @@ from .reference import BATCHMEAN, HALF, MEAN, NONE
 
 LARGE = {  # a loss, and the elements of the input below which the reference is as fast
     "BCE": 1 << 20,
-    "BCEWithLogits": 1 << 14,
+    "BCEWithLogits": 1 << 15,
     "CrossEntropy": 1 << 22,
     "EntropyWithLogits": 1 << 18,
     "KLDiv": 1 << 22,
