@@ -21,7 +21,7 @@ LARGE = {  # a loss, and the elements of the input below which the reference is 
     "BCE": 1 << 20,
     "BCEWithLogits": 1 << 15,
     "CrossEntropy": 1 << 22,
-    "EntropyWithLogits": 1 << 18,
+    "EntropyWithLogits": 1 << 17,
     "KLDiv": 1 << 22,
     "KLDivWithLogits": 1 << 17,
 }
