@@ -100,7 +100,8 @@ def bce_with_logits_forward_kernel(
     w = (weight_ptr, weight_outer, weight_row, weight_stride)
     p = (pos_weight_ptr, pos_weight_outer, pos_weight_row, pos_weight_stride)
     sources = (x, t, w, p)
-    total, q = tl.zeros([BLOCK // V], tl.float32), tl.zeros([BLOCK // V], tl.float32)
+    q = tl.zeros([BLOCK // V], tl.float32)
+    total = tl.zeros([BLOCK // V, 2], tl.float32) if V > 1 and POS_WEIGHT and not WEIGHT else q
     period = (rows, cols, per_row, per_col)
     plan = tiles_of(n, trips, period, BLOCK, DEPTH)
     for i in range(plan[2]):

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .launch import kernel, launch, scratch
 from .layout import vector
-from .numerics import LN2, LOG2E, LOWEST, lanes_dot, lanes_max, lanes_sum, log_sum, spread
+from .numerics import LN2, LOG2E, LOWEST, lanes_dots, lanes_max, lanes_sum, log_sum, spread
 from .operators import MEAN, NONE
 from .reduce import sum_parts
 from .rowwise import (
@@ -31,9 +31,9 @@ def load_x(source, col, lane, bounds, HINT: tl.constexpr):
 
 
 @triton.jit
-def entropy_start(ROWS: tl.constexpr, T: tl.constexpr):
-    zero = tl.zeros([ROWS, T], tl.float32)
-    return tl.full([ROWS, T], LOWEST, tl.float32), zero, zero
+def entropy_start(ROWS: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
+    a = tl.zeros([ROWS, T, 2 if V > 1 else 1], tl.float32)
+    return tl.full([ROWS, T], LOWEST, tl.float32), tl.zeros([ROWS, T], tl.float32), a
 
 
 @triton.jit
@@ -47,20 +47,28 @@ def entropy_move(state, top):
 
 @triton.jit
 def entropy_update(x, state, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """One block [ROWS, BLOCK] into the lanes [ROWS, T]."""
+    """One block [ROWS, BLOCK] into the lanes [ROWS, T], whose a is of two parts: machines that add pairs do so."""
     x = tl.reshape(x, [x.shape[0], U, T, V])
-    top = tl.maximum(state[0], lanes_max(x))
-    s, a = entropy_move(state, top)
+    m, s, a = state
+    top = tl.maximum(m, lanes_max(x))
+    shift = (m - top) * LOG2E
+    down = tl.exp2(shift)
     u = (x - spread(top)) * LOG2E
     w = tl.exp2(u)
-    return top, s + lanes_sum(w), a + lanes_dot(w, tl.maximum(u, LOWEST))
+    if V == 1:
+        a = tl.expand_dims(tl.fma(s, shift, tl.reshape(a, s.shape)), 2)
+    else:
+        first, second = tl.split(a)
+        a = tl.join(tl.fma(s, shift, first), second)
+    a = tl.fma(a, tl.expand_dims(down, 2), lanes_dots(w, tl.maximum(u, LOWEST)))
+    return top, tl.fma(s, down, lanes_sum(w)), a
 
 
 @triton.jit
 def entropy_join(state):
     """Lanes [ROWS, T] to rows."""
     top = row_max(state[0])
-    s, a = entropy_move(state, column(top))
+    s, a = entropy_move((state[0], state[1], tl.sum(state[2], 2)), column(top))
     return top, row_sum(s), row_sum(a)
 
 
@@ -123,7 +131,7 @@ def entropy_with_logits_forward_kernel(
     x_from = (x_ptr, column(x_at), x_class_stride)
     label = tl.full(d.shape, -1, tl.int32)
     plan = schedule(x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
-    state = entropy_start(ROWS, T)
+    state = entropy_start(ROWS, T, V)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
         x = load_x(x_from, clean_col(i, plan, U * T * V), lane, None, HINT)
@@ -139,7 +147,7 @@ def entropy_with_logits_forward_kernel(
     if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
         edge = edge_cols(plan)
         x = load_x(x_from, 0, edge, (live, 0, n_cols), 1)
-        m, s, a = entropy_meet((m, s, a), entropy_join(entropy_update(x, entropy_start(1, EDGE), 1, EDGE, 1)))
+        m, s, a = entropy_meet((m, s, a), entropy_join(entropy_update(x, entropy_start(1, EDGE, 1), 1, EDGE, 1)))
     mean, row = a / s, outer * inner + d
     at, third = stats_ptr + row, mean
     if may_split(T):

@@ -215,7 +215,7 @@ def twos(x):
 @triton.jit
 def add_dot(total, a, b):
     """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
-    if len(a.shape) == 1:
+    if len(a.shape) == len(total.shape) and a.shape[len(a.shape) - 1] == total.shape[len(a.shape) - 1]:
         return tl.fma(a, b, total)
     elif a.shape[1] == 1:
         return tl.fma(tl.reshape(a, [a.shape[0]]), tl.reshape(b, [a.shape[0]]), total)
@@ -238,6 +238,18 @@ def lanes_dot(a, b):
         a0, a1 = tl.split(tl.reshape(a, PAIRS))
         b0, b1 = tl.split(tl.reshape(b, PAIRS))
         return lanes_sum(tl.fma(a0, b0, a1 * b1))
+
+
+@triton.jit
+def lanes_dots(a, b):
+    """The same in two parts, [ROWS, T, 2] (V of 1: in one)."""
+    if a.shape[3] < 4:
+        return tl.sum(a * b, 1)
+    else:
+        FOURS: tl.constexpr = [a.shape[0], a.shape[1], a.shape[2], a.shape[3] // 4, 2, 2]
+        a0, a1 = tl.split(tl.reshape(a, FOURS))
+        b0, b1 = tl.split(tl.reshape(b, FOURS))
+        return tl.sum(tl.sum(tl.fma(a0, b0, a1 * b1), 3), 1)
 
 
 @triton.jit
