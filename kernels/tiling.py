@@ -36,25 +36,31 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def tiling(walk: Rows, element_size: int, on_16_bytes: bool, twice: bool) -> Tiling:
-    """Four classes by row length: to 16, to 128, to 8192 (a warp a row), and longer (four warps a row). Rows
-    that are read `twice` have no class of 16.
+def tiling(walk: Rows, element_size: int, on_16_bytes: bool, narrow: int, loads: int, twice: bool) -> Tiling:
+    """Four classes by row length: to 16, to 128 or most of a block, to 8192 (a warp a row), and longer (four warps a
+    row). Rows that are read `twice` have no class of 16.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
     v = 16 // element_size
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        return Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
+        shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
+        return shape._replace(ROWS=shape.ROWS // narrow)
     first = walk.strides[0]
     together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
-    if walk.cols <= 16 and not twice:
-        return Tiling(64, 8, 8, 2, 1, 1, 4)
-    if walk.cols <= 128:
-        return Tiling(16, 16, 16, 8, 1, 1, 4)
     warps = 1 if walk.cols <= SHORT else 4
-    if not together:
-        return Tiling(1, 8, 8, 32 * warps, 1, 1, warps)
-    return Tiling(1, 4, 4 if warps == 1 else 1, 32 * warps, v, VECTOR, warps)
+    if together:
+        u = min(4, loads)
+        shape = Tiling(1, u, u if warps == 1 else 1, 32 * warps, v, VECTOR, warps)
+    else:
+        u = min(8, 2 * loads)
+        shape = Tiling(1, u, u, 32 * warps, 1, 1, warps)
+    if shape.U == 1 and warps == 1:  # two warps, or one of 64 threads
+        shape = shape._replace(T=64, num_warps=2)
+    if walk.cols > max(128, shape.block * 3 // 4 if narrow <= 4 else shape.block // 2):
+        return shape
+    shape = Tiling(16, 16, 16, 8, 1, 1, 4) if walk.cols > 16 or twice else Tiling(64, 8, 8, 2, 1, 1, 4)
+    return shape._replace(U=shape.U // narrow, UP=shape.UP // narrow)
 
 
 class Walk(NamedTuple):
@@ -110,19 +116,10 @@ def row_walk(
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
-    shape = tiling(common, there[0].element_size(), on_16_bytes, twice)
-    if shape.HINT == 0:
-        shape = shape._replace(ROWS=shape.ROWS // narrow)
-    elif shape.ROWS > 1:
-        shape = shape._replace(U=shape.U // narrow, UP=shape.UP // narrow)
-    else:
-        loads *= 1 if shape.HINT > 1 else 2
-        shape = shape._replace(U=min(shape.U, loads), UP=min(shape.UP, loads))
-        if shape.U == 1 and shape.num_warps == 1:  # two warps, or one of 64 threads
-            shape = shape._replace(T=64, num_warps=2)
-        if twice and common.cols > LONG:
-            u = min(shape.U, 2)
-            shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)
+    shape = tiling(common, there[0].element_size(), on_16_bytes, narrow, loads, twice)
+    if twice and shape.ROWS == 1 and common.cols > LONG:
+        u = min(shape.U, 2)
+        shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)
     rest, strides = iter(there), iter(common.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]

@@ -20,7 +20,7 @@ from fusedloss.testing import CASES, Case, forward_backward
 
 # short rows in tiles; a warp a row; four warps a row, with a head, a tail and edges; positions apart; and rows from
 # logits that several programs read in forward
-SHAPES = {"tile": (5, 10), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5), "split": (3, 114_689)}
+SHAPES = {"tile": (5, 10), "tiles": (5, 300), "aligned": (3, 1000), "long": (3, 8203), "positions": (2, 37, 5), "split": (3, 114_689)}
 SPLIT = ("cross_entropy", "kl_div_with_logits", "entropy_with_logits")
 
 
