@@ -190,7 +190,7 @@ def entropy_with_logits_join_kernel(loss_ptr, stats_ptr, part_ptr, split_ptr, n,
             losses += tl.where(there, row_loss(s, mean), 0.0)
         loss = tl.sum(losses)
     else:
-        loss = sum_parts(part_ptr, n)
+        loss, _ = sum_parts(part_ptr, n, False)
     tl.store(loss_ptr, (loss * scale).to(loss_ptr.dtype.element_ty))
 
 
@@ -251,7 +251,7 @@ def _forward(loss, stats, dx, x, dim, reduction):
         launch(
             entropy_with_logits_join_kernel, (1,), loss, stats, parts, split,
             scalars=dict(n=walk.programs, splits=splits, scale=_scale(x, dim, reduction)),
-            constants=dict(BLOCK=1024), num_warps=8,
+            constants=dict(BLOCK=1024), num_warps=16,
         )  # fmt: skip
     walk.restore(1, dx)
 

@@ -10,30 +10,46 @@ import triton.language as tl
 from .launch import kernel, launch
 from .logsumexp import lse_meet
 from .numerics import LOWEST
+from .rowwise import over
 from .targets import load_label, row_loss
+
+FEW: tl.constexpr = tl.constexpr(4096)
 
 
 @triton.jit
-def sum_parts(part_ptr, n):
-    """The sum of n numbers, in one order."""
-    lane = tl.arange(0, 4096)
-    total = tl.zeros([4096], tl.float32)
-    for start in range(0, n, 4096):
-        at = start + lane
-        total += tl.load(part_ptr + at, mask=at < n, other=0.0)
-    return tl.sum(total)
+def sum_parts(part_ptr, n, TWO: tl.constexpr):
+    """The sums of n numbers and, where TWO, of the n behind them (else 1), each in one order: many at a time, as one
+    program waits for memory at each step."""
+    MANY: tl.constexpr = 2 * FEW
+    one, two, whole = tl.zeros([FEW], tl.float32), tl.zeros([FEW], tl.float32), over(n, MANY) * MANY
+    if whole > 0:
+        ones, twos = tl.zeros([MANY], tl.float32), tl.zeros([MANY], tl.float32)
+        for start in range(0, whole, MANY):
+            at = part_ptr + start + tl.arange(0, MANY)
+            ones += tl.load(at)
+            if TWO:
+                twos += tl.load(at + n)
+        one = tl.sum(tl.reshape(ones, [2, FEW]), 0)
+        if TWO:
+            two = tl.sum(tl.reshape(twos, [2, FEW]), 0)
+    for start in range(whole, n, FEW):
+        at = start + tl.arange(0, FEW)
+        one += tl.load(part_ptr + at, mask=at < n, other=0.0)
+        if TWO:
+            two += tl.load(part_ptr + n + at, mask=at < n, other=0.0)
+    return tl.sum(one), tl.sum(two) if TWO else 1.0
 
 
 @kernel
 def sum_kernel(out_ptr, part_ptr, n, scale):
-    tl.store(out_ptr, (sum_parts(part_ptr, n) * scale).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr, (sum_parts(part_ptr, n, False)[0] * scale).to(out_ptr.dtype.element_ty))
 
 
 def reduce_sum(out: torch.Tensor, parts: torch.Tensor, scale: float) -> None:
     """out <- scale * sum(parts), in one program and one order."""
     launch(
         sum_kernel, (1,), out, parts,
-        scalars=dict(n=parts.numel(), scale=scale), constants={}, num_warps=8,
+        scalars=dict(n=parts.numel(), scale=scale), constants={}, num_warps=16,
     )  # fmt: skip
 
 
@@ -59,7 +75,7 @@ def put_means(to, loss, weight, z, count, Z: tl.constexpr, MEAN: tl.constexpr):
 
 @kernel
 def means_kernel(loss_ptr, scale_ptr, part_ptr, n, MEAN: tl.constexpr):
-    loss, weight = sum_parts(part_ptr, n), sum_parts(part_ptr + n, n) if MEAN else 1.0
+    loss, weight = sum_parts(part_ptr, n, MEAN)
     put_means((loss_ptr, loss_ptr, scale_ptr), loss, weight, 0.0, 1.0, False, MEAN)
 
 
@@ -67,7 +83,7 @@ def reduce_means(loss, scale, parts: torch.Tensor, mean: bool) -> None:
     """loss <- the sum of parts[0], divided by that of parts[1] where `mean`; scale <- the factor, twice."""
     launch(
         means_kernel, (1,), loss, scale, parts, scalars=dict(n=parts.shape[1]),
-        constants=dict(MEAN=mean), num_warps=8,
+        constants=dict(MEAN=mean), num_warps=16,
     )  # fmt: skip
 
 
@@ -78,9 +94,12 @@ def cross_entropy_join_kernel(
 ):  # fmt: skip
     """The means of the parts, which are a row each where rows are split: those are joined first."""
     DENSE: tl.constexpr = PROBS or SMOOTH
-    loss, weight = 0.0, sum_parts(part_ptr + n, n) if MEAN else 1.0
-    z, count = 0.0, sum_parts(part_ptr + 3 * n, n) if Z and MEAN else 1.0
+    loss, weight, z, count = 0.0, 1.0, 0.0, 1.0
     if splits > 1:
+        if MEAN:
+            weight, _ = sum_parts(part_ptr + n, n, False)
+            if Z:
+                count, _ = sum_parts(part_ptr + 3 * n, n, False)
         zero = tl.zeros([BLOCK], tl.float32)
         losses, zs = zero, zero
         for start in range(0, n, BLOCK):
@@ -104,7 +123,9 @@ def cross_entropy_join_kernel(
             losses, zs = losses + loss_here, zs + z_here
         loss, z = tl.sum(losses), tl.sum(zs)
     else:
-        loss, z = sum_parts(part_ptr, n), sum_parts(part_ptr + 2 * n, n) if Z else 0.0
+        loss, weight = sum_parts(part_ptr, n, MEAN)
+        if Z:
+            z, count = sum_parts(part_ptr + 2 * n, n, MEAN)
     put_means((loss_ptr, z_ptr, saved_ptr + factors_at), loss, weight, z, count, Z, MEAN)
 
 
@@ -122,7 +143,7 @@ def join_rows(
             **{k: options[k] for k in ("keep", "shift", "z_factor")},
         ),
         constants=dict(PROBS=probs, SMOOTH=smooth, Z=options["z_factor"] != 0.0, MEAN=mean, BLOCK=1024),
-        num_warps=8,
+        num_warps=16,
     )  # fmt: skip
 
 
