@@ -270,7 +270,7 @@ def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
         parts, split, *grads, *_sides(*walk.tensors[:2], reverse),
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
-            factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
+            factor=LOG2E.value / temperature, scale=float(temperature * _scale(x, reduction)),
             **stride_scalars(*zip(("d1", "d2", "first", "second"), strides, strict=True)),
         ),
         constants=dict(
@@ -280,7 +280,7 @@ def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
     )  # fmt: skip
     launch(
         kl_div_with_logits_join_kernel, (1,), loss, stats, parts, split,
-        scalars=dict(n=walk.programs, splits=splits, scale=temperature * temperature * _scale(x, reduction)),
+        scalars=dict(n=walk.programs, splits=splits, scale=float(temperature * temperature * _scale(x, reduction))),
         constants=dict(BLOCK=512), num_warps=16,
     )  # fmt: skip
     walk.restore(2, dx)
@@ -298,7 +298,7 @@ def kl_div_with_logits_backward(
         *grads, dloss, stats, *_sides(*walk.tensors[:2], reverse),
         scalars=dict(
             inner=walk.inner, n_cols=walk.cols, n_rows=walk.rows,
-            factor=LOG2E.value / temperature, scale=temperature * _scale(x, reduction),
+            factor=LOG2E.value / temperature, scale=float(temperature * _scale(x, reduction)),
             **stride_scalars(*zip(("d1", "d2", "first", "second"), strides, strict=True)),
         ),
         constants=dict(

@@ -13,7 +13,6 @@ FILL = 2048  # warps that fill the largest GPU: long rows are split until there 
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
-VECTOR = 8  # elements in a run that every supported dtype loads in 16 or 32 bytes
 
 
 class Tiling(NamedTuple):
@@ -36,22 +35,24 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def tiling(walk: Rows, element_size: int, on_16_bytes: bool, narrow: int, loads: int, twice: bool) -> Tiling:
+def tiling(
+    walk: Rows, element_size: int, least_size: int, on_16_bytes: bool, narrow: int, loads: int, twice: bool
+) -> Tiling:
     """Four classes by row length: to 16, to 128 or most of a block, to 8192 (a warp a row), and longer (four warps a
     row). Rows that are read `twice` have no class of 16.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
-    v = 16 // element_size
+    v, hint = 16 // element_size, 16 // least_size
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
         shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
         return shape._replace(ROWS=shape.ROWS // narrow)
     first = walk.strides[0]
-    together = on_16_bytes and all(s[k] % VECTOR == first[k] % VECTOR for s in walk.strides for k in (0, 1))
+    together = on_16_bytes and all(s[k] % hint == first[k] % hint for s in walk.strides for k in (0, 1))
     warps = 1 if walk.cols <= SHORT else 4
     if together:
         u = min(4, loads)
-        shape = Tiling(1, u, u if warps == 1 else 1, 32 * warps, v, VECTOR, warps)
+        shape = Tiling(1, u, u if warps == 1 else 1, 32 * warps, v, hint, warps)
     else:
         u = min(8, 2 * loads)
         shape = Tiling(1, u, u, 32 * warps, 1, 1, warps)
@@ -116,7 +117,8 @@ def row_walk(
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
-    shape = tiling(common, there[0].element_size(), on_16_bytes, narrow, loads, twice)
+    sizes = [t.element_size() for t in there]
+    shape = tiling(common, sizes[0], min(sizes), on_16_bytes, narrow, loads, twice)
     if twice and shape.ROWS == 1 and common.cols > LONG:
         u = min(shape.U, 2)
         shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)

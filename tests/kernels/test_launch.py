@@ -26,9 +26,9 @@ BROADCAST_CLASSES = ((2, 3, 7), (8, 16, 24, 1000, 4096, 12296), (10, 17, 1001, 8
 OPTIONS = {  # of which a new value compiles nothing
     "cross_entropy/index": [dict(ignore_index=3)],
     "cross_entropy/label_smoothing": [dict(label_smoothing=0.3)],
-    "cross_entropy/z_loss": [dict(z_loss=0.5)],
-    "cross_entropy/softcap": [dict(softcap=30.0)],
-    "kl_div_with_logits/temperature": [dict(temperature=1.5)],
+    "cross_entropy/z_loss": [dict(z_loss=0.5), dict(z_loss=1)],
+    "cross_entropy/softcap": [dict(softcap=30.0), dict(softcap=30)],
+    "kl_div_with_logits/temperature": [dict(temperature=1.5), dict(temperature=2)],
     "binary_cross_entropy_with_logits/label_smoothing": [dict(label_smoothing=0.3)],
 }
 

@@ -472,7 +472,7 @@ def test_same_bits_on_every_run(case, device):
 @pytest.mark.parametrize(
     ("dtype", "cols"),
     [(d, cols) for d in (torch.float32, torch.bfloat16) for cols in (16, 96, 512, 4104, 20_000)]
-    + [(torch.float32, SPLIT)],
+    + [(torch.float32, 1004), (torch.float32, 8204), (torch.float32, SPLIT)],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["cross_entropy/index", "cross_entropy/probabilities+weight", "cross_entropy/z_loss",
