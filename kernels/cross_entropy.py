@@ -162,7 +162,8 @@ def cross_entropy_backward_kernel(
 
 
 def _options(n_cols, label_smoothing, z_loss, softcap) -> dict[str, float]:
-    return dict(keep=1.0 - label_smoothing, shift=label_smoothing / n_cols, z_factor=float(z_loss), softcap=float(softcap))
+    keep, shift = 1.0 - label_smoothing, label_smoothing / n_cols
+    return dict(keep=keep, shift=shift, z_factor=float(z_loss), softcap=float(softcap))
 
 
 def _targets(walk, target):

@@ -282,6 +282,7 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
     wide = bool(whole) and (cols >= run or all(m % 4 != APART.value or m < 4 for m in modes))
     if not wide:
         modes = [_mode(t, s, cols, run, False) for t, s in zip(there, steps, strict=True)]
+        tile = min(tile, TILE // 2)  # for the registers
     if any(m > SAME.value for m in modes):  # for the addresses
         tile = min(tile, TILE // 2 if wide else TILE // 4)
     if wide:  # 16 bytes a thread
