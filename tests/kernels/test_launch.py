@@ -65,6 +65,18 @@ def test_new_sizes_compile_nothing_new_within_a_class(case):
     assert {name: len(keys) for name, keys in every.items() if len(keys) > 4} == {}
 
 
+@pytest.mark.parametrize("cols", [129, 200, 257, 300, 513])
+def test_middling_rows_are_not_padded_far(cols):
+    """A masked block costs all of it, whatever the row fills."""
+    cases = [c for c in testing.CASES if c.name.startswith(("cross_entropy/", "kl_div_with_logits/", "entropy_with"))]
+    for case in cases:
+        inputs = case.make_inputs((3, cols), torch.bfloat16, "cpu")
+        for launch in compiled.launches(lambda case=case, inputs=inputs: testing.forward_backward(case, inputs)):
+            if "UP" in launch.constants:
+                part = launch.constants["UP"] * launch.constants["T"] * launch.constants["V"]
+                assert -(-cols // part) * part < 2.1 * cols, (case.name, launch.kernel.__name__)
+
+
 def test_a_specialisation_sees_what_code_depends_on():
     """The test above would pass if it saw nothing."""
     case = testing.case("cross_entropy/index")
