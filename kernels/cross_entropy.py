@@ -200,7 +200,8 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     narrow = 2 if dx is None and not dense else 4 if probs or not dense else 8
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
-        narrow=narrow, loads=1 if probs and weight is not None else 2 if dense or softcap else 4, twice=dx is not None,
+        narrow=narrow, loads=1 if probs and weight is not None else 2 if dense or softcap else 4,
+        writes=False, twice=dx is not None,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)
     parts, splits = scratch(x, 4, walk.programs) if reduce else loss, walk.splits if reduce and dx is None else 1

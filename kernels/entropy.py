@@ -143,7 +143,7 @@ def _scale(p: torch.Tensor, dim: int, reduction: int) -> float:
 def entropy_forward(out, p, dim, reduction, dtype):
     half = p.element_size() == dtype.itemsize == 2
     if reduction == NONE:
-        rows = row_walk(dim, p, narrow=4)
+        rows = row_walk(dim, p, narrow=4, writes=False)
         launch(
             entropy_rows_forward_kernel, (rows.programs,), out, *rows.tensors,
             scalars=dict(inner=rows.inner, n_cols=rows.cols, **stride_scalars(("p", rows.strides[0]))),

@@ -36,14 +36,15 @@ class Tiling(NamedTuple):
 
 
 def tiling(
-    walk: Rows, element_size: int, least_size: int, on_16_bytes: bool, narrow: int, loads: int, twice: bool
+    walk: Rows, sizes: list[int], on_16_bytes: bool, narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 16, to 128 or most of a block, to 8192 (a warp a row), and longer (four warps a
-    row). Rows that are read `twice` have no class of 16.
+    """Four classes by row length: to 16, to 128 or most of a warp's block, to 8192 (a warp a row), and longer (four
+    warps a row). Rows that are read `twice` have no class of 16. In a tile few threads have a row, which pads it less;
+    more where it is written, for a store to fill half a sector.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
-    v, hint = 16 // element_size, 16 // least_size
+    v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
         shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
         return shape._replace(ROWS=shape.ROWS // narrow)
@@ -60,7 +61,12 @@ def tiling(
         shape = shape._replace(T=64, num_warps=2)
     if walk.cols > max(128, shape.block * 3 // 4 if narrow <= 4 else shape.block // 2):
         return shape
-    shape = Tiling(16, 16, 16, 8, 1, 1, 4) if walk.cols > 16 or twice else Tiling(64, 8, 8, 2, 1, 1, 4)
+    if walk.cols <= 16 and not twice:
+        shape = Tiling(64, 8, 8, 2, 1, 1, 4) if writes else Tiling(64, 16, 16, 2, 1, 1, 4)
+    elif writes or twice:
+        shape = Tiling(16, 16, 16, 8, 1, 1, 4)
+    else:
+        shape = Tiling(32, 16, 16, 4, 1, 1, 4)
     return shape._replace(U=shape.U // narrow, UP=shape.UP // narrow)
 
 
@@ -108,6 +114,7 @@ def row_walk(
     *tensors: torch.Tensor | None,
     narrow: int = 1,
     loads: int = 4,
+    writes: bool = True,
     twice: bool = False,
 ) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
@@ -118,7 +125,7 @@ def row_walk(
     common, there = contiguous_rows(dim, there)
     on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
     sizes = [t.element_size() for t in there]
-    shape = tiling(common, sizes[0], min(sizes), on_16_bytes, narrow, loads, twice)
+    shape = tiling(common, sizes, on_16_bytes, narrow, loads, writes, twice)
     if twice and shape.ROWS == 1 and common.cols > LONG:
         u = min(shape.U, 2)
         shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)
