@@ -193,17 +193,22 @@ def unreduced(name: str, others: Any) -> bool:
     return others[LOSSES[name][1]] == NONE
 
 
-def ordinary(*tensors: Tensor) -> bool:
-    """Whether these are strided tensors of this process's memory and no more, and nothing looks on."""
-    for t in tensors:
-        if type(t) not in PLAIN or not t.is_cpu or t.layout is not torch.strided or is_batched(t):
-            return False
+def unwatched() -> bool:
+    """Whether no transform, mode or trace looks on."""
     return (
         not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
     )
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether these are strided tensors of this process's memory and no more, and nothing looks on."""
+    for t in tensors:
+        if type(t) not in PLAIN or not t.is_cpu or t.layout is not torch.strided or is_batched(t):
+            return False
+    return unwatched()
 
 
 def suits(name: str, x: Tensor, others: tuple[Any, ...]) -> bool:

@@ -169,10 +169,7 @@ def readable(name: str, x: Tensor, other: Tensor | None = None) -> bool:
         small(name, x, other)
         and x.layout is torch.strided
         and (other is None or (other.is_same_size(x) and other.layout is torch.strided and other.is_cpu))
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
+        and blocked.unwatched()
     )
 
 

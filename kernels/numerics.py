@@ -214,7 +214,8 @@ def twos(x):
 
 @triton.jit
 def add_dot(total, a, b):
-    """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each."""
+    """total [lanes] + the sums of a b [lanes, V] over a lane, one multiplication and addition each; a total [lanes, 2]
+    takes them in two parts."""
     if len(a.shape) == len(total.shape) and a.shape[len(a.shape) - 1] == total.shape[len(a.shape) - 1]:
         return tl.fma(a, b, total)
     elif a.shape[1] == 1:
@@ -242,7 +243,7 @@ def lanes_dot(a, b):
 
 @triton.jit
 def lanes_dots(a, b):
-    """The same in two parts, [ROWS, T, 2] (V of 1: in one)."""
+    """lanes_dot in two parts, [ROWS, T, 2] (V of 1: in one)."""
     if a.shape[3] < 4:
         return tl.sum(a * b, 1)
     else:
