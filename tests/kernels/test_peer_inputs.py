@@ -582,3 +582,19 @@ def test_entropy_of_certain_rows_is_no_negative_zero(reduction, dtype, path, dev
     """For compiled kernels: the interpreter's sums start at 0, and so hide a -0."""
     loss = fusedloss.entropy(torch.eye(8, dtype=dtype, device=device), reduction=reduction)
     assert (loss == 0).all() and not loss.signbit().any()
+
+
+@KERNELS
+@pytest.mark.parametrize("n", [1, 4097, 8192, 20_001], ids=str)
+def test_partial_sums_of_any_number(n, device):
+    """None to a step of the walk over many, and steps with and without a rest."""
+    from fusedloss.kernels.reduce import reduce_means, reduce_sum
+
+    parts = torch.rand(2, n, device=device)
+    first, second = parts.double().sum(1)
+    loss, mean, scale = torch.empty((), device=device), torch.empty((), device=device), torch.empty(2, device=device)
+    reduce_sum(loss, parts[0], 0.5)
+    reduce_means(mean, scale, parts, True)
+    torch.testing.assert_close(loss.double(), 0.5 * first, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(mean.double(), first / second, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(scale.double(), torch.stack([1 / second] * 2), rtol=1e-6, atol=0.0)
