@@ -48,7 +48,7 @@ def cross_entropy_forward_kernel(
         label, w_y, kept = load_label(target_ptr, weight_ptr, t_at, live, n_cols, ignore_index, WEIGHT)
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
     q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
-    plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
+    plan = schedule(x_ptr + x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
     beyond = tl.where(kept, plan[1], 0) if DENSE or CAP else None
     m, s, a, b = lse_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)

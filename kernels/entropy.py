@@ -80,7 +80,7 @@ def entropy_rows_forward_kernel(
     outer, d, live = rows_at(inner, ROWS)
     p_at = outer * p_outer + d * p_inner
     at = column(p_at)
-    plan = schedule(p_at, n_cols, tl.full(d.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(p_ptr + p_at, n_cols, tl.full(d.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     state = tl.zeros([ROWS, T], tl.float32), tl.zeros([ROWS, T], tl.float32)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):

@@ -104,7 +104,7 @@ def put_rows(to, x_from, values, rows, ROWS: tl.constexpr, U: tl.constexpr, UP: 
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, dealt out among the programs of the second grid axis."""
     x_at, n_cols, live = rows
-    plan = schedule(x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(x_from[0] + x_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
         put_gradient(to, x_from, clean_col(plan[5] - 1 - i, plan, U * T * V), lane, None, values, HINT)
@@ -130,7 +130,7 @@ def entropy_with_logits_forward_kernel(
     x_at = outer * x_outer + d * x_inner
     x_from = (x_ptr, column(x_at), x_class_stride)
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(x_ptr + x_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = entropy_start(ROWS, T, V)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):

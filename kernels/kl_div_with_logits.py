@@ -112,7 +112,7 @@ def put_rows(to, pair_from, factor, values, rows, FIRST_GRAD: tl.constexpr, SECO
     """The gradients of this program's rows: the whole blocks of a long row from its end, which was read
     last, dealt out among the programs of the second grid axis."""
     first_at, n_cols, live = rows
-    plan = schedule(first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(pair_from[0] + first_at, n_cols, tl.full(live.shape, -1, tl.int32), live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
         put_gradients(to, pair_from, factor, clean_col(plan[5] - 1 - i, plan, U * T * V), lane, None, values,
@@ -145,7 +145,7 @@ def kl_div_with_logits_forward_kernel(
     pair_from = (first_ptr, column(first_at), first_class_stride,
                  second_ptr, column(second_at), second_class_stride)  # fmt: skip
     label = tl.full(d.shape, -1, tl.int32)
-    plan = schedule(first_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(first_ptr + first_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     state = kl_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .layout import empty
+from .layout import empty, placed
 
 
 class Launch(NamedTuple):
@@ -128,12 +128,13 @@ class Tape:
             self.made.append(nothing)
             return
         layout = tuple(tensor.shape), tensor.stride()
+        behind = tensor.storage_offset()
         kind = f"_empty_strided_{tensor.device.type}"  # on the current device: half of what the general one takes
-        if hasattr(guards, kind):
+        if hasattr(guards, kind) and not behind:
             self.made.append(partial(getattr(guards, kind), *layout, tensor.dtype))
         else:
             how: dict[str, Any] = dict(dtype=tensor.dtype, device=tensor.device)
-            self.made.append(partial(torch.empty_strided, *layout, **how))
+            self.made.append(partial(placed, layout[0], layout[1], behind, **how))
 
     def add(self, compiled: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple) -> None:
         places = []
@@ -167,7 +168,7 @@ class Tape:
             and not (_recorder or hooked())
         ):
             addresses = [*map(address_of, tensors)]
-            if not reduce(or_, addresses) & 15:
+            if not reduce(or_, addresses) & 31:
                 return self.play(tensors, addresses)
         return None
 
@@ -203,13 +204,13 @@ def perform(operator: Any, arguments: tuple) -> Any:
     given = arguments[: operator.tensors]
     key = (
         operator, active, current, arguments[operator.tensors :],
-        *[t is not None and (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in given],
+        *[t is not None and (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 31) for t in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
         tensors = tape.given(arguments)
         addresses = [*map(address_of, tensors)]
-        if not reduce(or_, addresses) & 15:
+        if not reduce(or_, addresses) & 31:
             if operator.latest is tape or tape.like_these is None:  # it was, but not known again: other modes
                 tape.watch(arguments)
             operator.latest = tape

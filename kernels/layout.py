@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 
 
+FEW = 128  # classes of rows that are read several in a tile, without regard to 16 bytes
+
+
 def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A contiguous tensor of a size above 0; torch.empty_strided is the cheapest way to one, and cheapest where all
     are made that way."""
@@ -16,6 +19,30 @@ def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torc
         strides.append(step)
         step *= n
     return torch.empty_strided(size, strides[::-1], dtype=dtype, device=beside.device)
+
+
+def placed(size: Sequence[int], strides: Sequence[int], behind: int | torch.SymInt, **how) -> torch.Tensor:
+    """An uninitialised tensor, so many elements behind the start of its memory."""
+    if not behind:
+        return torch.empty_strided(size, strides, **how)
+    last = sum((n - 1) * s for n, s in zip(size, strides, strict=True))
+    return torch.empty(behind + last + 1, **how).as_strided(size, strides, behind)
+
+
+def empty_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A tensor like x. Its rows over `dim`, where their classes lie together and are many, start as far behind a
+    multiple of 16 bytes as those of x, for accesses of 16 bytes to fit both: a slice's gradient may have up to 15
+    bytes before its first row, and behind each."""
+    whole = x.is_contiguous()
+    run = 16 // x.element_size()
+    if (whole and x.storage_offset() % run == 0) or x.dim() == 0 or x.stride(dim) != 1 or x.size(dim) <= FEW:
+        return torch.empty_like(x)
+    step, strides = 1, list(x.stride())
+    for d in sorted(range(x.dim()), key=lambda d: (d != dim % x.dim(), strides[d])):
+        if x.size(d) > 1:
+            strides[d] = step + (strides[d] - step) % run
+            step = strides[d] * x.size(d)
+    return placed(x.shape, strides, x.storage_offset() % run, dtype=x.dtype, device=x.device)
 
 
 class Plane(NamedTuple):

@@ -76,7 +76,7 @@ def nll_loss_backward_kernel(
     dy = column(-g * w_y)
     rest = column(tl.where(kept & (label < 0), float("nan"), 0.0))
     to = (dx_ptr, column(dx_at), dx_class_stride)
-    plan = schedule(dx_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
+    plan = schedule(dx_ptr + dx_at, n_cols, label, live, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
         put_gradient(to, clean_col(i, plan, U * T * V), lane, None, None, dy, rest, HINT)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .layout import empty
+from .layout import empty, empty_rows
 
 NONE, MEAN, SUM, BATCHMEAN = range(4)  # torch.nn._reduction's numbers, and one more
 LIBRARY = torch.library.Library("fusedloss", "DEF")
@@ -95,15 +95,15 @@ def operator(module: str, schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def with_gradient(module: str, forward: str) -> Callable:
+def with_gradient(module: str, forward: str, beside: Callable) -> Callable:
     """Register `kernels.<module>.<forward>_grad`, which takes the arguments of the operator `forward` and
-    returns the gradient of x, the first of them, as well."""
+    returns the gradient of x, the first of them, as well: made by beside(x, *others)."""
     schema, allocate = _forwards[forward]
     call, _, returns = schema.partition(" -> ")
 
     def allocate_both(*arguments):
         outputs = allocate(*arguments)
-        return *(outputs if isinstance(outputs, tuple) else (outputs,)), torch.empty_like(arguments[0])
+        return *(outputs if isinstance(outputs, tuple) else (outputs,)), beside(*arguments)
 
     call = call.replace(forward, f"{forward}_grad", 1)
     return operator(module, f"{call} -> ({returns.strip('()')}, Tensor dx)")(allocate_both)
@@ -136,8 +136,12 @@ def _factors(reduction):
     return 0 if reduction == NONE else 2
 
 
-def _gradients(x, target, input_grad, target_grad):
-    return torch.empty_like(x) if input_grad else None, torch.empty_like(target) if target_grad else None
+def _like(x, *_):
+    return torch.empty_like(x)
+
+
+def _gradients(x, target, input_grad, target_grad, beside=_like, dim=0):
+    return beside(x, dim) if input_grad else None, beside(target, dim) if target_grad else None
 
 
 @operator(
@@ -149,7 +153,7 @@ def bce_with_logits_forward(x, target, weight, pos_weight, label_smoothing, redu
     return _reduced(x, reduction, dtype)
 
 
-bce_with_logits_forward_grad = with_gradient("bce_with_logits", "bce_with_logits_forward")
+bce_with_logits_forward_grad = with_gradient("bce_with_logits", "bce_with_logits_forward", _like)
 
 
 @operator(
@@ -170,6 +174,10 @@ bce_with_logits_backward_ = in_place(
 )
 
 
+def _class_dim(x):
+    return min(1, x.dim() - 1)
+
+
 def _rows_shape(x, dim):
     return [n for d, n in enumerate(x.shape) if d != dim % x.dim()]
 
@@ -185,14 +193,16 @@ def cross_entropy_forward(
 ):
     """The loss, its z term, and for backward in one float32 vector: m, s and, where targets are dense, b a
     row, and the mean's two factors."""
-    rows = x.numel() // x.size(min(1, x.dim() - 1))
-    loss = empty(x, _rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else (), dtype)
+    rows = x.numel() // x.size(_class_dim(x))
+    loss = empty(x, _rows_shape(x, _class_dim(x)) if reduction == NONE else (), dtype)
     z = torch.empty_like(loss) if z_loss != 0.0 else None
     dense = target.is_floating_point() or label_smoothing != 0.0
     return loss, z, empty(x, ((3 if dense else 2) * rows + _factors(reduction),), torch.float32)
 
 
-cross_entropy_forward_grad = with_gradient("cross_entropy", "cross_entropy_forward")
+cross_entropy_forward_grad = with_gradient(
+    "cross_entropy", "cross_entropy_forward", lambda x, *_: empty_rows(x, _class_dim(x))
+)
 
 
 @operator(
@@ -204,7 +214,7 @@ cross_entropy_forward_grad = with_gradient("cross_entropy", "cross_entropy_forwa
 def cross_entropy_backward(
     dloss, x, target, weight, saved, ignore_index, label_smoothing, z_loss, softcap, reduction, target_grad
 ):
-    return _gradients(x, target, True, target_grad)
+    return _gradients(x, target, True, target_grad, empty_rows, _class_dim(x))
 
 
 cross_entropy_backward_ = in_place(
@@ -268,7 +278,7 @@ def entropy_backward(dloss, p, dim, reduction):
 )
 def nll_loss_forward(x, target, weight, ignore_index, reduction, dtype):
     """The loss, and for backward the mean's factor."""
-    shape = _rows_shape(x, min(1, x.dim() - 1)) if reduction == NONE else ()
+    shape = _rows_shape(x, _class_dim(x)) if reduction == NONE else ()
     return empty(x, shape, dtype), empty(x, (_factors(reduction),), torch.float32)
 
 
@@ -291,7 +301,9 @@ def kl_div_with_logits_forward(x, target, dim, temperature, reverse, reduction, 
     return empty(x, (), dtype), stats
 
 
-kl_div_with_logits_forward_grad = with_gradient("kl_div_with_logits", "kl_div_with_logits_forward")
+kl_div_with_logits_forward_grad = with_gradient(
+    "kl_div_with_logits", "kl_div_with_logits_forward", lambda x, target, dim, *_: empty_rows(x, dim)
+)
 
 
 @operator(
@@ -303,7 +315,7 @@ kl_div_with_logits_forward_grad = with_gradient("kl_div_with_logits", "kl_div_wi
 def kl_div_with_logits_backward(
     dloss, x, target, stats, dim, temperature, reverse, reduction, input_grad, target_grad
 ):
-    return _gradients(x, target, input_grad, target_grad)
+    return _gradients(x, target, input_grad, target_grad, empty_rows, dim)
 
 
 @operator(
@@ -317,7 +329,9 @@ def entropy_with_logits_forward(x, dim, reduction, dtype):
     return loss, empty(x, [3, *rows], torch.float32)
 
 
-entropy_with_logits_forward_grad = with_gradient("entropy_with_logits", "entropy_with_logits_forward")
+entropy_with_logits_forward_grad = with_gradient(
+    "entropy_with_logits", "entropy_with_logits_forward", lambda x, dim, *_: empty_rows(x, dim)
+)
 
 
 @operator(
@@ -325,4 +339,4 @@ entropy_with_logits_forward_grad = with_gradient("entropy_with_logits", "entropy
     "entropy_with_logits_backward(Tensor dloss, Tensor x, Tensor stats, int dim, int reduction) -> Tensor",
 )
 def entropy_with_logits_backward(dloss, x, stats, dim, reduction):
-    return torch.empty_like(x)
+    return empty_rows(x, dim)

@@ -71,19 +71,21 @@ def over(n, SIZE: tl.constexpr):
 
 
 @triton.jit
-def schedule(x_at, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr,
+def schedule(row_ptr, n_cols, label, wanted, ROWS: tl.constexpr, U: tl.constexpr, UP: tl.constexpr, T: tl.constexpr,
              V: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """(first, end, full, label_block, begin, clean, parts, masked, label_part, n_parts): aligned blocks lie between
-    columns first and end. `clean` of the `full` whole ones are those without the label, dealt out among the programs
-    of the second grid axis: this one takes the first at `begin`. The label's block and the tail, the first program's
-    alone, are cut into parts: `parts` whole ones without the label, then `masked` ones, with it or not whole.
-    label_block is `full`, and label_part `n_parts`, the whole parts, where the label is in none. Unwanted rows, and
-    tiles of several rows, have masked parts alone."""
+    """(first, end, full, label_block, begin, clean, parts, masked, label_part, n_parts) of the row at row_ptr: aligned
+    blocks lie between columns first and end. `clean` of the `full` whole ones are those without the label, dealt out
+    among the programs of the second grid axis: this one takes the first at `begin`. The label's block and the tail,
+    the first program's alone, are cut into parts: `parts` whole ones without the label, then `masked` ones, with it or
+    not whole. label_block is `full`, and label_part `n_parts`, the whole parts, where the label is in none. Unwanted
+    rows, and tiles of several rows, have masked parts alone."""
     PART: tl.constexpr = UP * T * V
     if ROWS > 1:
         return 0, n_cols, 0, 0, 0, 0, 0, tl.cdiv(n_cols, PART), 0, 0
     else:
-        first = tl.minimum((-x_at & (HINT - 1)).to(tl.int32), n_cols)
+        SIZE: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        behind = (row_ptr.to(tl.int64) & (HINT * SIZE - 1)).to(tl.uint32) // SIZE
+        first = tl.minimum((HINT - behind).to(tl.int32) & (HINT - 1), n_cols)
         end = first + over(n_cols - first, HINT) * HINT
         n_parts = tl.where(wanted, over(end - first, PART), 0)
         label_part = tl.minimum((label - first).to(tl.uint32) // PART, n_parts.to(tl.uint32)).to(tl.int32)
@@ -163,12 +165,12 @@ def others_of(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.conste
 @triton.jit
 def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
     """Pointers to a block's elements: rows at `at` (scalar or [ROWS, 1]), columns col + lane."""
-    start = at + (tl.full([], 0, tl.int64) + col) * class_stride
+    start = ptr + (at + (tl.full([], 0, tl.int64) + col) * class_stride)
     if HINT > 1:
-        start = tl.multiple_of(start, HINT if len(at.shape) == 0 else [HINT, HINT])
+        start = tl.multiple_of(start, 16 if len(at.shape) == 0 else [16, 16])
     if len(lane.shape) == 3 and len(at.shape) > 0:
         start = start[None, :, :]
-    return ptr + start + lane * class_stride
+    return start + lane * class_stride
 
 
 @triton.jit

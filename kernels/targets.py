@@ -170,7 +170,7 @@ def put_rows(to, x_from, q_from, row_values, rows, PROBS: tl.constexpr, WEIGHT: 
     x_at, n_cols, label, kept, live = rows
     m, p, g, dy, lse = row_values
     values = (column(m), column(p), column(g), column(dy), column(lse))
-    plan = schedule(x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
+    plan = schedule(x_from[0] + x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
         col = clean_col(plan[5] - 1 - i, plan, U * T * V)

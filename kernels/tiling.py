@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .layout import Rows, contiguous_rows
+from .layout import FEW, Rows, contiguous_rows
 
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
+TINY = 28  # classes of a row that two threads write
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 
 
@@ -36,11 +37,11 @@ class Tiling(NamedTuple):
 
 
 def tiling(
-    walk: Rows, sizes: list[int], on_16_bytes: bool, narrow: int, loads: int, writes: bool, twice: bool
+    walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 16, to 128 or most of a warp's block, to 8192 (a warp a row), and longer (four
-    warps a row). Rows that are read `twice` have no class of 16. In a tile few threads have a row, which pads it less;
-    more where it is written, for a store to fill half a sector.
+    """Four classes by row length: to 128 (28 where rows are written), to most of a warp's block, to 8192 (a warp a
+    row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. A warp has a tile of
+    rows, and a few threads a row, which pads it little; more where it is written, for a store to fill half a sector.
 
     Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
     the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
@@ -48,8 +49,11 @@ def tiling(
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
         shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
         return shape._replace(ROWS=shape.ROWS // narrow)
-    first = walk.strides[0]
-    together = on_16_bytes and all(s[k] % hint == first[k] % hint for s in walk.strides for k in (0, 1))
+    places = {
+        (address // size % hint, s[0] % hint, s[1] % hint)
+        for address, size, s in zip(addresses, sizes, walk.strides, strict=True)
+    }
+    together = len(places) == 1
     warps = 1 if walk.cols <= SHORT else 4
     if together:
         u = min(4, loads)
@@ -59,15 +63,15 @@ def tiling(
         shape = Tiling(1, u, u, 32 * warps, 1, 1, warps)
     if shape.U == 1 and warps == 1:  # two warps, or one of 64 threads
         shape = shape._replace(T=64, num_warps=2)
-    if walk.cols > max(128, shape.block * 3 // 4 if narrow <= 4 else shape.block // 2):
+    if walk.cols > max(FEW, shape.block * 3 // 4):
         return shape
-    if walk.cols <= 16 and not twice:
-        shape = Tiling(64, 8, 8, 2, 1, 1, 4) if writes else Tiling(64, 16, 16, 2, 1, 1, 4)
-    elif writes or twice:
-        shape = Tiling(16, 16, 16, 8, 1, 1, 4)
-    else:
-        shape = Tiling(32, 16, 16, 4, 1, 1, 4)
-    return shape._replace(U=shape.U // narrow, UP=shape.UP // narrow)
+    if writes:
+        u = max(2, 8 // narrow)
+        return Tiling(32, u, u, 2, 1, 1, 1) if walk.cols <= TINY else Tiling(8, u, u, 8, 1, 1, 1)
+    if walk.cols <= FEW and not twice:
+        return Tiling(32, 4, 4, 2, 1, 1, 1)
+    u = 4 if narrow <= 4 and loads > 1 else 2
+    return Tiling(16, u, u, 4, 1, 1, 1)
 
 
 class Walk(NamedTuple):
@@ -124,9 +128,8 @@ def row_walk(
     classes no class of their own."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
-    on_16_bytes = all(t.data_ptr() % 16 == 0 for t in there)
-    sizes = [t.element_size() for t in there]
-    shape = tiling(common, sizes, on_16_bytes, narrow, loads, writes, twice)
+    sizes, addresses = [t.element_size() for t in there], [t.data_ptr() for t in there]
+    shape = tiling(common, sizes, addresses, narrow, loads, writes, twice)
     if twice and shape.ROWS == 1 and common.cols > LONG:
         u = min(shape.U, 2)
         shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)

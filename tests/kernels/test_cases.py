@@ -60,8 +60,8 @@ def layout_grid():
 LONG = (2, 4103)
 SHAPES = [
     (1, 2),  # the smallest softmax
-    (130, 10),  # rows of up to 16 classes: two tiles of 64 rows, and two more
-    (33, 100),  # rows of up to 128, and some longer ones: a tile of 32 rows or two of 16, and one more
+    (70, 10),  # rows of up to 28 classes: two tiles of 32 rows, and six more
+    (33, 100),  # rows of up to 128, and some longer ones: a tile of 32 rows or four of 8, and one more
     (3, 300),  # in several parts
     (3, 1000),  # an aligned row a warp
     LONG,  # a row a program: whole blocks, a tail, and the second row's unaligned head
