@@ -13,6 +13,7 @@ FILL = 2048  # warps that fill the largest GPU: long rows are split until there 
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
 TINY = 28  # classes of a row that two threads write
+APART = 256  # classes that lie apart, of a row that one thread reads
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 
 
@@ -43,10 +44,13 @@ def tiling(
     row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. A warp has a tile of
     rows, and a few threads a row, which pads it little; more where it is written, for a store to fill half a sector.
 
-    Classes that lie apart (class stride not 1) have a table of their own: positions side by side. HINT (0 there) is
-    the run of elements known to be aligned: `together` tells that all tensors' rows share an alignment."""
+    Classes that lie apart (class stride not 1) have a table of their own: positions side by side, a thread each, or
+    several where classes are many. HINT (0 there) is the run of elements known to be aligned: `together` tells that
+    all tensors' rows share an alignment."""
     v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
+        if walk.cols <= APART:
+            return Tiling(64 if narrow <= 2 else 32, 2, 2, 1, 1, 0, 1)
         shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
         return shape._replace(ROWS=shape.ROWS // narrow)
     places = {

@@ -68,9 +68,10 @@ SHAPES = [
 ]
 LAYOUTS = [
     ((3, 37, 5), "plain"),  # (N, C, d): classes lie apart, positions are next to each other
-    ((2, 6, 300), "plain"),  # the same with many positions: tiles of 256, the last not full
+    ((2, 6, 300), "plain"),  # the same with many positions: several tiles, the last not full
+    ((1, 258, 257), "plain"),  # and with so many classes that several threads share a row's: a tile of up to 256 more
     ((2, 3, 4, 5), "plain"),  # two dimensions of positions walked as one
-    ((5, 129), "transposed"),  # classes lie apart, rows are next to each other
+    ((5, 258), "transposed"),  # many classes that lie apart, rows are next to each other
     ((5, 40), "sliced"),  # rows begin off a multiple of 16 bytes, and are not next to each other
     ((2, 1029), "sliced"),  # the same in long rows, whose head and tail then differ
     ((2, 1500), "misaligned"),  # the input alone begins off a multiple of 16 bytes
