@@ -50,7 +50,7 @@ def is_chosen(c, k, t):
     cases, in one wide configuration and another; for each of the others every third case, in one."""
     if t == 0:
         return k == c % 2 or k == 2 + c % (len(CONFIGURATIONS) - 2)
-    return (c + t) % 3 == 0 and k == (c // 3 + 2 * t) % len(CONFIGURATIONS)
+    return (c + t) % 3 == 0 and k == (c // 3 + 5 * t) % len(CONFIGURATIONS)
 
 
 def chosen():
