@@ -36,6 +36,7 @@ class Launch(NamedTuple):
 
 INTERPRETED = knobs.runtime.interpret  # read once: Triton reads it when it decorates
 WARP = 64 if torch.version.hip else 32  # threads
+ALIGNED = 31  # the bits of an address that a tape knows: float32 beside half precision is aligned by eight elements
 TAPES = 4096  # kept at most; then all are dropped, as sizes seem to change with every call
 _compiled: dict[tuple, Any] = {}
 _tapes: dict[tuple, Any] = {}
@@ -168,7 +169,7 @@ class Tape:
             and not (_recorder or hooked())
         ):
             addresses = [*map(address_of, tensors)]
-            if not reduce(or_, addresses) & 31:
+            if not reduce(or_, addresses) & ALIGNED:
                 return self.play(tensors, addresses)
         return None
 
@@ -204,13 +205,13 @@ def perform(operator: Any, arguments: tuple) -> Any:
     given = arguments[: operator.tensors]
     key = (
         operator, active, current, arguments[operator.tensors :],
-        *[t is not None and (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 31) for t in given],
+        *[t is not None and (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & ALIGNED) for t in given],
     )  # fmt: skip
     tape = _tapes.get(key)
     if tape is not None and tape.playable:
         tensors = tape.given(arguments)
         addresses = [*map(address_of, tensors)]
-        if not reduce(or_, addresses) & 31:
+        if not reduce(or_, addresses) & ALIGNED:
             if operator.latest is tape or tape.like_these is None:  # it was, but not known again: other modes
                 tape.watch(arguments)
             operator.latest = tape

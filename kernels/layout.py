@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-
 FEW = 128  # classes of rows that are read several in a tile, without regard to 16 bytes
 
 
@@ -33,9 +32,10 @@ def empty_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
     """A tensor like x. Its rows over `dim`, where their classes lie together and are many, start as far behind a
     multiple of 16 bytes as those of x, for accesses of 16 bytes to fit both: a slice's gradient may have up to 15
     bytes before its first row, and behind each."""
-    whole = x.is_contiguous()
     run = 16 // x.element_size()
-    if (whole and x.storage_offset() % run == 0) or x.dim() == 0 or x.stride(dim) != 1 or x.size(dim) <= FEW:
+    if x.is_contiguous() and x.storage_offset() % run == 0:
+        return torch.empty_like(x)
+    if x.dim() == 0 or x.stride(dim) != 1 or x.size(dim) <= FEW or rows(dim, x) is None:  # the last: copied to be read
         return torch.empty_like(x)
     step, strides = 1, list(x.stride())
     for d in sorted(range(x.dim()), key=lambda d: (d != dim % x.dim(), strides[d])):

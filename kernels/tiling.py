@@ -125,11 +125,10 @@ def row_walk(
     writes: bool = True,
     twice: bool = False,
 ) -> Walk:
-    """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more
-    a lane ask for tiles `narrow` times smaller, and for fewer `loads` a thread in long rows; those of which no row
-    `writes` its elements give it fewer threads in a tile; those that read a
-    row `twice` give a very long one more threads, so that the rows in flight stay in the cache, and rows of 16
-    classes no class of their own."""
+    """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more a lane
+    ask for tiles `narrow` times smaller, as far as tiles depend on it, and for fewer `loads` a thread in long rows;
+    those that `writes` no elements give a row fewer threads in a tile; those that read a row `twice` give a very long
+    one more threads, so that the rows in flight stay in the cache, and the shortest no class of their own."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     sizes, addresses = [t.element_size() for t in there], [t.data_ptr() for t in there]

@@ -5,10 +5,13 @@ import torch
 
 from fusedloss import compiled, testing
 
-pytest.importorskip("triton")
-from fusedloss.kernels.layout import empty_rows
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 
-from .checking import check
+from fusedloss.kernels.layout import empty_rows  # noqa: E402
+from fusedloss.kernels.rowwise import schedule  # noqa: E402
+
+from .checking import check  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 
@@ -48,6 +51,27 @@ def test_slices_keep_wide_accesses(case, name, dtype):
     walked = [launch.constants["HINT"] for launch in launches if "HINT" in launch.constants]
     assert walked and set(walked) == {16 // dtype.itemsize}
     check(case, tensors, keywords, dtype)
+
+
+@triton.jit
+def bounds_kernel(out_ptr, x_ptr, at, n_cols, V: tl.constexpr):
+    label = tl.full([], -1, tl.int32)
+    plan = schedule(x_ptr + at, n_cols, label, label < 0, 1, 2, 2, 32, V, V)
+    tl.store(out_ptr, plan[0])
+    tl.store(out_ptr + 1, plan[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_blocks_begin_at_16_bytes_wherever_the_memory_does(dtype):
+    """The interpreter would read them anywhere, where a GPU stops."""
+    whole, v = torch.zeros(4000, dtype=dtype), 16 // dtype.itemsize
+    for offset in range(9):
+        for at in (0, 1, COLS, 2 * COLS):
+            x, out = whole[offset:], torch.zeros(2, dtype=torch.int32)
+            bounds_kernel[(1,)](out, x, at, COLS, v)
+            first, end = out.tolist()
+            assert 0 <= first < v and (x[at:].data_ptr() + first * dtype.itemsize) % 16 == 0
+            assert COLS - v < end <= COLS and (end - first) % v == 0
 
 
 def test_a_gradients_rows_lie_as_the_logits_do():
