@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedloss import compiled, testing
+from fusedloss import compiled, cross_entropy, testing
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -106,3 +106,18 @@ def test_a_compiler_expects_the_gradient_where_it_is_made():
     made = empty_rows(x, 1)
     assert (found.shape, found.stride(), found.storage_offset()) == (x.shape, made.stride(), made.storage_offset())
     assert made.storage_offset() == x.storage_offset() % 4 != 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_slice_in_a_compiled_graph(dynamic):
+    def shifted(x, labels, cross_entropy):
+        return cross_entropy((x * 1.5)[:, :-1].transpose(1, 2), labels)
+
+    torch._dynamo.reset()
+    graph = torch.compile(shifted, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    for tokens in (4, 6):
+        x, labels = torch.randn(2, tokens, COLS, requires_grad=True), torch.randint(0, COLS, (2, tokens - 1))
+        loss, expected = graph(x, labels, cross_entropy), shifted(x, labels, torch.nn.functional.cross_entropy)
+        torch.testing.assert_close(loss, expected)
+        for one, other in zip(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x), strict=True):
+            torch.testing.assert_close(one, other)
