@@ -39,6 +39,7 @@ def cross_entropy_forward_kernel(
     UP: tl.constexpr, T: tl.constexpr, V: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     DENSE: tl.constexpr = PROBS or SMOOTH
+    SAME_WEIGHT: tl.constexpr = SMOOTH and not (PROBS or WEIGHT)
     outer, d, live = rows_at(inner, ROWS)
     n_rows = n_rows.to(tl.int64)  # several times as many may not fit 32 bits
     row = outer * inner + d
@@ -66,7 +67,7 @@ def cross_entropy_forward_kernel(
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
                            at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        q_sum = others_of(col, label, beyond, UP, T, V) if DENSE and not PROBS and not WEIGHT else None
+        q_sum = others_of(col, label, beyond, UP, T, V) if SAME_WEIGHT and UP * T * V > 1 else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):

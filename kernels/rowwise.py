@@ -134,10 +134,10 @@ def block_lanes(ROWS: tl.constexpr, U: tl.constexpr, T: tl.constexpr, V: tl.cons
     """A block's columns [1, BLOCK]. Those of several rows are [U, 1, T], and pointers made of them [U, ROWS, T], for
     T threads to have a row, and each U of its columns; or, where classes lie apart (HINT 0), 64 bits wide."""
     lane = tl.arange(0, U * T * V)[None, :]
-    if ROWS > 1 and HINT > 0:
+    if ROWS > 1:
         lane = tl.reshape(lane, [U, 1, T])
-    elif ROWS > 1:
-        lane = lane.to(tl.int64)
+        if HINT == 0:
+            lane = lane.to(tl.int64)
     return lane
 
 

@@ -37,6 +37,21 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
+def _positions(inner: int, cols: int, few: bool) -> Tiling:
+    """Tiles of positions whose classes lie apart: a thread has 4 positions (2 where it keeps much of each: `few`),
+    a class at a time, or two threads have two where classes are many; the widest that hardly pads the positions."""
+
+    def padded(shape: Tiling) -> int:
+        return triton.cdiv(inner, shape.ROWS) * shape.ROWS
+
+    if cols <= APART:
+        wide = Tiling(128 if few else 256, 1, 1, 1, 1, 0, 2)
+        shapes = [wide, Tiling(128, 1, 1, 1, 1, 0, 1), Tiling(32, 1, 1, 1, 1, 0, 1)]
+    else:
+        shapes = [*(Tiling(32 * w, 2, 2, 2, 1, 0, w) for w in (4, 2)), Tiling(16, 2, 2, 4, 1, 0, 1)]
+    return next(s for s in shapes if 3 * padded(s) <= 4 * padded(shapes[-1]))
+
+
 def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
@@ -44,15 +59,11 @@ def tiling(
     row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. A warp has a tile of
     rows, and a few threads a row, which pads it little; more where it is written, for a store to fill half a sector.
 
-    Classes that lie apart (class stride not 1) have a table of their own: positions side by side, a thread each, or
-    several where classes are many. HINT (0 there) is the run of elements known to be aligned: `together` tells that
-    all tensors' rows share an alignment."""
+    Classes that lie apart (class stride not 1) have tiles of their own, and HINT 0. Else HINT is the run of elements
+    known to be aligned: `together` tells that all tensors' rows share an alignment."""
     v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        if walk.cols <= APART:
-            return Tiling(64 if narrow <= 2 else 32, 2, 2, 1, 1, 0, 1)
-        shape = Tiling(256, 2, 2, 2, 1, 0, 4) if walk.inner >= 256 else Tiling(32, 2, 2, 8, 1, 0, 4)
-        return shape._replace(ROWS=shape.ROWS // narrow)
+        return _positions(walk.inner, walk.cols, twice and loads == 1)
     places = {
         (address // size % hint, s[0] % hint, s[1] % hint)
         for address, size, s in zip(addresses, sizes, walk.strides, strict=True)

@@ -77,6 +77,22 @@ def test_middling_rows_are_not_padded_far(cols):
                 assert -(-cols // part) * part < 2.1 * cols, (case.name, launch.kernel.__name__)
 
 
+@pytest.mark.parametrize("cols", [19, 300])
+@pytest.mark.parametrize("inner", [7, 25, 49, 100, 196, 257, 1024, 100_000])
+def test_positions_are_not_padded_far(cols, inner):
+    """A tile of positions, whose classes lie apart, costs all its lanes too."""
+    cases = [c for c in testing.CASES if c.name.startswith("cross_entropy/")]
+    seen = set()
+    for case in cases:
+        inputs = case.make_inputs((1, cols, inner), torch.bfloat16, "cpu")
+        for launch in compiled.launches(lambda case=case, inputs=inputs: testing.forward_backward(case, inputs)):
+            if "ROWS" in launch.constants:
+                tile = launch.constants["ROWS"]
+                seen.add(tile)
+                assert launch.grid[0] * tile < 1.34 * 32 * -(-inner // 32), (case.name, tile)
+    assert seen
+
+
 def test_a_specialisation_sees_what_code_depends_on():
     """The test above would pass if it saw nothing."""
     case = testing.case("cross_entropy/index")
