@@ -50,7 +50,9 @@ def cross_entropy_forward_kernel(
     x_from = (x_ptr, column(x_at), x_class_stride, softcap)
     q_from = (target_ptr, column(t_at), target_class_stride, weight_ptr, keep, shift)
     plan = schedule(x_ptr + x_at, n_cols, label, kept, ROWS, U, UP, T, V, HINT)
-    beyond = tl.where(kept, plan[1], 0) if DENSE or CAP else None
+    beyond = None
+    if DENSE or CAP:
+        beyond = n_cols if ROWS > 1 else tl.where(kept, plan[1], 0)  # nothing of other rows in a tile is used
     m, s, a, b = lse_start(ROWS, T)
     lane, part = block_lanes(ROWS, U, T, V, HINT), block_lanes(ROWS, UP, T, V, HINT)
     for i in range(plan[4], plan[5], tl.num_programs(1)):
