@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, hold, lanes, limit_of, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LN2, add_dot, log, log1m_ratio, log2_approx, log_any, quotient
 from .operators import MEAN, NONE
@@ -33,13 +33,14 @@ def bce_terms(p, t, HALF: tl.constexpr):
 
 
 @triton.jit
-def add_loss(total, likely, least, out, p_from, t_from, w_from, at, limit, WEIGHT: tl.constexpr, REDUCE: tl.constexpr,
-             HALF: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
+def add_loss(total, likely, least, out, p_from, t_from, w_from, held, at, limit, WEIGHT: tl.constexpr,
+             REDUCE: tl.constexpr, HALF: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr,
+             V: tl.constexpr):  # fmt: skip
     """A tile's loss, written or added to the lanes' sums: total, and likely, which is subtracted in the end; with them
     the least s of a lane. Where there is no element, p = t = 0 adds 0."""
     p, t = load(p_from, at, limit, mode(MODES, 1), WIDE, V), load(t_from, at, limit, mode(MODES, 2), WIDE, V)
     s, f, d, r = bce_terms(p, t, HALF)
-    w = load(w_from, at, limit, mode(MODES, 3), WIDE, V) if WEIGHT else 1.0
+    w = load(w_from, at, limit, mode(MODES, 3), WIDE, V, 0.0, held) if WEIGHT else 1.0
     if REDUCE and not HALF:
         least = tl.minimum(least, tl.min(lanes(s, V, WIDE), 1))
     if REDUCE and WEIGHT:
@@ -56,10 +57,10 @@ def add_loss(total, likely, least, out, p_from, t_from, w_from, at, limit, WEIGH
 @kernel
 def bce_forward_kernel(
     out_ptr, x_ptr, target_ptr, weight_ptr,
-    n, rows, cols, per_row, per_col, trips,
+    n, rows, cols, per_row, per_col, trips, gap,
     out_outer, out_row, out_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
     weight_outer, weight_row, weight_stride,
-    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, HALF: tl.constexpr, MODES: tl.constexpr,
+    WEIGHT: tl.constexpr, REDUCE: tl.constexpr, HALF: tl.constexpr, HELD: tl.constexpr, MODES: tl.constexpr,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     out = (out_ptr, out_outer, out_row, out_stride)
@@ -69,14 +70,15 @@ def bce_forward_kernel(
     total = tl.zeros([BLOCK // V], tl.float32)
     likely, least = total, total
     period = (rows, cols, per_row, per_col)
-    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH, gap if HELD else None)
+    held = hold(w, plan, period, BLOCK, mode(MODES, 3), WIDE, V) if WEIGHT else None
     for i in range(plan[2]):
         at = tile_at(i, plan, period, BLOCK)
-        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, None,
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, held, at, None,
                                         WEIGHT, REDUCE, HALF, MODES, WIDE, V)  # fmt: skip
     for i in range(plan[2], plan[2] + plan[3]):
-        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
-        total, likely, least = add_loss(total, likely, least, out, p, t, w, at, limit,
+        at, limit = tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK)
+        total, likely, least = add_loss(total, likely, least, out, p, t, w, held, at, limit,
                                         WEIGHT, REDUCE, HALF, MODES, WIDE, V)  # fmt: skip
     if REDUCE:
         total = tl.where(least < 0, float("nan"), total - likely)
@@ -84,14 +86,14 @@ def bce_forward_kernel(
 
 
 @triton.jit
-def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, limit, WEIGHT: tl.constexpr,
+def put_gradients(dx, dt, dloss, p_from, t_from, w_from, held, g, at, limit, WEIGHT: tl.constexpr,
                   REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
                   MODES: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):  # fmt: skip
     p = load(p_from, at, limit, mode(MODES, 3), WIDE, V)
     if not REDUCE:
         g = load(dloss, at, limit, mode(MODES, 2), WIDE, V)
     if WEIGHT:
-        g *= load(w_from, at, limit, mode(MODES, 5), WIDE, V)
+        g *= load(w_from, at, limit, mode(MODES, 5), WIDE, V, 0.0, held)
     q = 1.0 - p
     s = tl.minimum(p, q)
     if INPUT_GRAD:
@@ -106,12 +108,13 @@ def put_gradients(dx, dt, dloss, p_from, t_from, w_from, g, at, limit, WEIGHT: t
 @kernel
 def bce_backward_kernel(
     dx_ptr, dtarget_ptr, dloss_ptr, x_ptr, target_ptr, weight_ptr,
-    n, rows, cols, per_row, per_col, trips, scale,
+    n, rows, cols, per_row, per_col, trips, gap, scale,
     dx_outer, dx_row, dx_stride, dtarget_outer, dtarget_row, dtarget_stride,
     dloss_outer, dloss_row, dloss_stride, x_outer, x_row, x_stride, target_outer, target_row, target_stride,
     weight_outer, weight_row, weight_stride,
     WEIGHT: tl.constexpr, REDUCE: tl.constexpr, INPUT_GRAD: tl.constexpr, TARGET_GRAD: tl.constexpr,
-    MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+    HELD: tl.constexpr, MODES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
     dx = (dx_ptr, dx_outer, dx_row, dx_stride)
     dt = (dtarget_ptr, dtarget_outer, dtarget_row, dtarget_stride)
@@ -121,24 +124,25 @@ def bce_backward_kernel(
     w = (weight_ptr, weight_outer, weight_row, weight_stride)
     g = tl.load(dloss_ptr).to(tl.float32) * scale if REDUCE else 0.0
     period = (rows, cols, per_row, per_col)
-    plan = tiles_of(n, trips, period, BLOCK, DEPTH)
+    plan = tiles_of(n, trips, period, BLOCK, DEPTH, gap if HELD else None)
+    held = hold(w, plan, period, BLOCK, mode(MODES, 5), WIDE, V) if WEIGHT else None
     for i in range(plan[2]):
-        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, period, BLOCK), None,
+        put_gradients(dx, dt, dloss, p, t, w, held, g, tile_at(i, plan, period, BLOCK), None,
                       WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
     for i in range(plan[2], plan[2] + plan[3]):
-        limit = plan[1] - i * BLOCK
-        put_gradients(dx, dt, dloss, p, t, w, g, tile_at(i, plan, period, BLOCK), limit,
+        limit = limit_of(i, plan, BLOCK)
+        put_gradients(dx, dt, dloss, p, t, w, held, g, tile_at(i, plan, period, BLOCK), limit,
                       WEIGHT, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
 
 
 def bce_forward(out, x, target, weight, reduction, dtype):
     reduce, half = reduction != NONE, x.element_size() == dtype.itemsize == 2
-    to = walk(None if reduce else out, x, target, weight, tile=TILE if half and reduce else TILE // 2)
+    to = walk(None if reduce else out, x, target, weight, tile=TILE if half and reduce else TILE // 2, held=1)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(
         bce_forward_kernel, (to.programs,), parts, *to.tensors[1:],
-        scalars=to.scalars | to.stride_scalars("out", "x", "target", "weight"),
-        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, HALF=half, **to.constants),
+        scalars=to.scalars | dict(gap=to.gap) | to.stride_scalars("out", "x", "target", "weight"),
+        constants=dict(WEIGHT=weight is not None, REDUCE=reduce, HALF=half, HELD=to.gap > 0, **to.constants),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     if reduce:
@@ -150,15 +154,15 @@ def bce_forward(out, x, target, weight, reduction, dtype):
 def bce_backward(outputs, dloss, x, target, weight, reduction, input_grad, target_grad):
     reduce = reduction != NONE
     dx, dtarget = outputs[0] if input_grad else None, outputs[1] if target_grad else None
-    to = walk(dx, dtarget, None if reduce else dloss, x, target if input_grad else None, weight, tile=TILE // 2)
+    to = walk(dx, dtarget, None if reduce else dloss, x, target if input_grad else None, weight, tile=TILE // 2, held=1)
     launch(
         bce_backward_kernel, (to.programs,),
         *to.tensors[:2], dloss if reduce else to.tensors[2], *to.tensors[3:],
-        scalars=to.scalars | dict(scale=1.0 / x.numel() if reduction == MEAN else 1.0)
+        scalars=to.scalars | dict(gap=to.gap, scale=1.0 / x.numel() if reduction == MEAN else 1.0)
         | to.stride_scalars("dx", "dtarget", "dloss", "x", "target", "weight"),
         constants=dict(
             WEIGHT=weight is not None, REDUCE=reduce,
-            INPUT_GRAD=input_grad, TARGET_GRAD=target_grad, **to.constants,
+            INPUT_GRAD=input_grad, TARGET_GRAD=target_grad, HELD=to.gap > 0, **to.constants,
         ),
         num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -11,6 +11,7 @@ side by side; with one tensor loaded in whole runs (WIDE), all have their elemen
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,15 +40,24 @@ def mode(modes, k):
 
 
 @triton.jit
-def tiles_of(n, trips, period, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+def tiles_of(n, trips, period, BLOCK: tl.constexpr, DEPTH: tl.constexpr, gap=None):
     """This program's (first element, elements from there on, tiles that exist as a whole, and that do in part), its
-    row, outer index, and what is left of the row and of the outer index. period: (rows, cols, and reciprocals of both);
-    DEPTH: 0 where all is one row, 1 where all has one outer index."""
+    row, outer index, and what is left of the row and of the outer index; the gap, and elements of a tile before the
+    next program's. period: (rows, cols, and reciprocals of both); DEPTH: 0 where all is one row, 1 where all has one
+    outer index. Tiles lie side by side, or a gap apart."""
     rows, cols, _, _ = period
-    start = tl.program_id(0).to(tl.int64) * (trips * BLOCK)
-    before = tl.minimum(n - start, trips * BLOCK).to(tl.int32).to(tl.uint32)
-    whole = (before // BLOCK).to(tl.int32)
-    masked = ((before + (BLOCK - 1)) // BLOCK).to(tl.int32) - whole
+    if gap is None:
+        start, inside = tl.program_id(0).to(tl.int64) * (trips * BLOCK), BLOCK
+        before = tl.minimum(n - start, trips * BLOCK).to(tl.int32)
+        whole = (before.to(tl.uint32) // BLOCK).to(tl.int32)
+        masked = ((before.to(tl.uint32) + (BLOCK - 1)) // BLOCK).to(tl.int32) - whole
+    else:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        before, inside = n - start, tl.minimum(gap - start, BLOCK).to(tl.int32)
+        last = (trips - 1) * gap.to(tl.int64)  # where a tile would begin that not all programs have
+        tiles, rest = trips - tl.where(last < before, 0, 1), before - tl.where(last < before, last, last - gap)
+        whole = tl.where(inside < BLOCK, 0, tiles - tl.where(rest < BLOCK, 1, 0))
+        masked = tiles - whole
     row, outer, left, rows_left = start * 0, start * 0, 0, 0
     if DEPTH > 0:
         row = start // cols
@@ -55,14 +65,23 @@ def tiles_of(n, trips, period, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     if DEPTH > 1:
         outer = row // rows
         rows_left = tl.minimum((outer + 1) * rows - row, FAR).to(tl.int32)
-    return start, before.to(tl.int32), whole, masked, row, outer, left, rows_left
+    return start, before, whole, masked, row, outer, left, rows_left, gap, inside
 
 
 @triton.jit
 def tile_at(i, plan, period, BLOCK: tl.constexpr):
     """Tile i: its first element, of all and of this program's, and its elements [1, BLOCK] within it."""
-    first = (tl.full([], 0, tl.int64) + i) * BLOCK
+    first = (tl.full([], 0, tl.int64) + i) * (BLOCK if plan[8] is None else plan[8])
     return plan[0] + first, i * BLOCK, tl.arange(0, BLOCK)[None, :], plan, period
+
+
+@triton.jit
+def limit_of(i, plan, BLOCK: tl.constexpr):
+    """How many elements tile i has, where it exists in part."""
+    if plan[8] is None:
+        return plan[1] - i * BLOCK
+    else:
+        return tl.minimum(plan[1] - (tl.full([], 0, tl.int64) + i) * plan[8], plan[9]).to(tl.int32)
 
 
 @triton.jit
@@ -154,11 +173,14 @@ def load_runs(source, at, limit, MODE: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def load(source, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, OTHER: tl.constexpr = 0.0):
+def load(source, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, OTHER: tl.constexpr = 0.0,
+         held=None):  # fmt: skip
     """A tile of (pointer, outer, row, column stride) in float32: all of it, or its first `limit` elements, OTHER
-    behind them."""
+    behind them. `held`: it is known already."""
     ptr = source[0]
-    if MODE == SAME:
+    if held is not None:
+        value = held
+    elif MODE == SAME:
         value = tl.full(at[2].shape, tl.load(ptr).to(tl.float32), tl.float32)
     elif MODE != FLAT and WIDE:
         value = tl.reshape(load_runs(source, at, limit, MODE, V), at[2].shape)
@@ -176,6 +198,15 @@ def load(source, at, limit, MODE: tl.constexpr, WIDE: tl.constexpr, V: tl.conste
         else:
             value = read(first + at[2], None if limit is None else at[2] < limit).to(tl.float32)
     return value if limit is None else tl.where(at[2] < limit, value, OTHER)
+
+
+@triton.jit
+def hold(source, plan, period, BLOCK: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):
+    """What all tiles of a program, a gap apart, have of a tensor that repeats; None of one that doesn't."""
+    if plan[8] is None or MODE < 4:
+        return None
+    else:
+        return load(source, tile_at(0, plan, period, BLOCK), None, MODE, WIDE, V)
 
 
 @triton.jit
@@ -213,13 +244,14 @@ class Walk(NamedTuple):
     tensors: list[torch.Tensor | None]
     block: int
     trips: int
+    gap: int
     wide: bool
     lane: int
 
     @property
     def programs(self) -> int:
-        outer, rows, cols = self.sizes
-        return triton.cdiv(triton.cdiv(outer * rows * cols, self.block), self.trips)
+        n = math.prod(self.sizes)
+        return triton.cdiv(min(n, self.gap or n), self.block * (1 if self.gap else self.trips))
 
     @property
     def scalars(self) -> dict[str, int]:
@@ -267,9 +299,20 @@ def _mode(t: torch.Tensor, strides: tuple[int, int, int], cols: int, run: int, w
     return APART.value + depth
 
 
-def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
+def _gap(sizes: tuple[int, int, int], repeated: list[tuple[int, int, int]], run: int, trips: int) -> int:
+    """The elements from a tile of a program to its next, for all to have the same of tensors with these (outer, row,
+    column) strides, and to begin with a run; 0 where they don't repeat."""
+    (outer, rows, cols), by_row = sizes, any(s[1] for s in repeated)
+    if not repeated or any(s[0] for s in repeated) or (by_row and outer == 1):
+        return 0
+    step = math.lcm(rows * cols if by_row else cols, run)
+    return triton.cdiv(outer * rows * cols, trips * step) * step
+
+
+def walk(*tensors: torch.Tensor | None, tile: int = TILE, held: int = 0) -> Walk:
     """Cover tensors of one shape (None where there is none); copied only where no walk fits all. A tile is half
-    as large of float32, and with more than three tensors; kernels that keep more an element ask for a smaller one."""
+    as large of float32, and with more than three tensors; kernels that keep more an element ask for a smaller one.
+    Where what is not flat is among the last `held` tensors, and repeats, the tiles of a program lie a gap apart."""
     there = [t for t in tensors if t is not None]
     if len(there) > 3 or there[0].element_size() > 2:
         tile = min(tile, TILE // 2)
@@ -285,10 +328,13 @@ def walk(*tensors: torch.Tensor | None, tile: int = TILE) -> Walk:
         tile = min(tile, TILE // 2)  # for the registers
     if any(m > SAME.value for m in modes):  # for the addresses
         tile = min(tile, TILE // 2 if wide else TILE // 4)
-    if wide:  # 16 bytes a thread
-        tile = max(tile, 32 * NUM_WARPS * run)
+    tile = max(tile, 32 * NUM_WARPS * run) if wide else tile  # 16 bytes a thread
+    n, first = outer * rows * cols, len(there) - sum(t is not None for t in tensors[len(tensors) - held :])
+    trips, gap = trips_of(triton.cdiv(n, tile), tile), 0
+    if all(m <= SAME.value or (m >= 4 and k >= first) for k, m in enumerate(modes)):
+        gap = _gap(plane.sizes, [s for s, m in zip(plane.strides, modes, strict=True) if m >= 4], run, trips)
+    trips = triton.cdiv(n, gap) if gap else trips
     rest = iter(zip(there, steps, modes, strict=True))
     placed, strides, ways = zip(*((None, (0, 0, 0), 0) if t is None else next(rest) for t in tensors), strict=True)
-    trips = trips_of(triton.cdiv(outer * rows * cols, tile), tile)
     lane = run if wide else min(8, tile // (32 * NUM_WARPS))
-    return Walk(plane.sizes, list(strides), list(ways), list(placed), tile, trips, wide, lane)
+    return Walk(plane.sizes, list(strides), list(ways), list(placed), tile, trips, gap, wide, lane)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, lanes, limit_of, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LN2, add_dot, lanes_dot, lanes_min, log, log2_approx, log_any
 from .operators import MEAN, NONE
@@ -58,7 +58,7 @@ def entropy_forward_kernel(
         at = tile_at(i, plan, period, BLOCK)
         total, least = add_entropy(total, least, p_from, at, None, HALF, MODES, WIDE, V)
     for i in range(plan[2], plan[2] + plan[3]):
-        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        at, limit = tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK)
         total, least = add_entropy(total, least, p_from, at, limit, HALF, MODES, WIDE, V)
     tl.store(out_ptr + tl.program_id(0), tl.sum(entropy_of(total, least, HALF)))
 
@@ -132,7 +132,7 @@ def entropy_backward_kernel(
         at = tile_at(i, plan, period, BLOCK)
         put_gradient(dp, dloss, p_from, g, at, None, REDUCE, MODES, WIDE, V)
     for i in range(plan[2], plan[2] + plan[3]):
-        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        at, limit = tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK)
         put_gradient(dp, dloss, p_from, g, at, limit, REDUCE, MODES, WIDE, V)
 
 

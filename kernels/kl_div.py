@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, TILE, lanes, load, mode, store, tile_at, tiles_of, walk
+from .elementwise import NUM_WARPS, TILE, lanes, limit_of, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch, scratch
 from .numerics import LOG2E, add_dot, log, log_positive
 from .operators import BATCHMEAN, MEAN, NONE
@@ -52,7 +52,7 @@ def kl_div_forward_kernel(
         at = tile_at(i, plan, period, BLOCK)
         total, least = add_loss(total, least, out, x, t, at, None, LOG_TARGET, REDUCE, MODES, WIDE, V)
     for i in range(plan[2], plan[2] + plan[3]):
-        at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+        at, limit = tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK)
         total, least = add_loss(total, least, out, x, t, at, limit, LOG_TARGET, REDUCE, MODES, WIDE, V)
     if REDUCE:
         total = tl.where(least < 0, float("nan"), total)
@@ -100,7 +100,7 @@ def kl_div_backward_kernel(
         put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, period, BLOCK), None,
                       LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
     for i in range(plan[2], plan[2] + plan[3]):
-        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK,
+        put_gradients(dx, dt, dloss, x, t, g, tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK),
                       LOG_TARGET, REDUCE, INPUT_GRAD, TARGET_GRAD, MODES, WIDE, V)  # fmt: skip
 
 

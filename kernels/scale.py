@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .elementwise import NUM_WARPS, load, mode, store, tile_at, tiles_of, walk
+from .elementwise import NUM_WARPS, limit_of, load, mode, store, tile_at, tiles_of, walk
 from .launch import kernel, launch
 
 
@@ -23,7 +23,7 @@ def scale_kernel(
             at = tile_at(i, plan, period, BLOCK)
             store(grad, load(grad, at, None, mode(MODES, 0), WIDE, V) * g, at, None, mode(MODES, 0), WIDE)
         for i in range(plan[2], plan[2] + plan[3]):
-            at, limit = tile_at(i, plan, period, BLOCK), plan[1] - i * BLOCK
+            at, limit = tile_at(i, plan, period, BLOCK), limit_of(i, plan, BLOCK)
             store(grad, load(grad, at, limit, mode(MODES, 0), WIDE, V) * g, at, limit, mode(MODES, 0), WIDE)
 
 

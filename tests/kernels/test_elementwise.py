@@ -106,6 +106,47 @@ def test_modes():
     assert deep.sizes == (2, 3, 8) and deep.modes == [FLAT.value, SAME.value + 8]
 
 
+def test_tiles_lie_a_gap_apart_where_weights_repeat():
+    """Whole rows of them, in runs: a program's tiles have the same weights. The layout decides, not the size."""
+    x, weights = torch.zeros(40, 1001), torch.zeros(1001)
+    assert walk(x, weights.expand(40, 1001), held=1).gap == 40 * 1001
+    assert walk(x, weights.expand(40, 1001)).gap == walk(x, torch.zeros(40, 1001), held=1).gap == 0
+    assert walk(x, torch.zeros(40, 1).expand(40, 1001), held=1).gap == 0
+    assert walk(torch.zeros(40, 1002)[:, 1:], weights.expand(40, 1001), held=1).gap == 0
+    askew = torch.zeros(40 * 1001 + 1)[1:].view(40, 1001)  # neither flat nor repeated
+    assert walk(x, askew, weights.expand(40, 1001), held=2).gap == 0
+    assert walk(torch.zeros(7, 3, 5, 5), torch.zeros(3, 1, 1).expand(7, 3, 5, 5), held=1).gap == 75 * 8
+    for rows in (1, 3, 4096, 100_000):
+        to = walk(torch.empty(rows, 1001), weights.expand(rows, 1001), held=1)
+        assert (to.gap > 0) == (rows > 1) and to.gap % (4 * 1001) == 0
+        assert (to.trips - 1) * to.gap < rows * 1001 and to.programs * to.block >= min(to.gap or 1001, rows * 1001)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(("shape", "dtype"), [
+    ((300, 77), torch.bfloat16), ((40, 1000), torch.float32),
+    ((9, 5, 20, 24), torch.bfloat16), ((4000, 3), torch.float32),
+])  # fmt: skip
+@pytest.mark.parametrize("weights", [["pos_weight"], ["weight", "pos_weight"], ["weight"]], ids="+".join)
+def test_weights_that_a_program_reads_once(weights, shape, dtype, reduction, monkeypatch, device):
+    """Several tiles a program, the last program's in part, and the last of each."""
+    monkeypatch.setattr(elementwise, "FILL", 1)
+    torch.manual_seed(0)
+    loss = "binary_cross_entropy_with_logits" if "pos_weight" in weights else "binary_cross_entropy"
+    make = torch.rand if loss == "binary_cross_entropy" else torch.randn
+    tensors = [make(shape, device=device).to(dtype), torch.rand(shape, device=device).to(dtype)]
+    per_class = (shape[1], *[1] * (len(shape) - 2))
+    keywords = {k: (torch.rand(per_class, device=device) + 0.5).to(dtype) for k in weights} | dict(reduction=reduction)
+    call = getattr(fusedloss, loss)
+    recorded = compiled.launches(lambda: oracle.value_and_gradients(call, tensors, keywords, 1))
+    held = [v for v in recorded if v.constants.get("HELD")]
+    assert len(held) == 2 and min(v.scalars["trips"] for v in held) > 4
+    loss_, upstream, gradients = oracle.value_and_gradients(call, tensors, keywords, 1)
+    exact = oracle.exact(getattr(oracle, loss), tensors, keywords, 1, upstream)
+    oracle.assert_close(loss_, exact[0])
+    oracle.assert_close(gradients[0], exact[2][0])
+
+
 @triton.jit
 def ends_kernel(out_ptr, n, rows, cols, per_row, per_col, trips, BLOCK: tl.constexpr):
     period = (rows, cols, per_row, per_col)

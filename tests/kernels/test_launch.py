@@ -93,6 +93,15 @@ def test_positions_are_not_padded_far(cols, inner):
     assert seen
 
 
+@pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.name)
+def test_arguments_stand_in_the_kernels_order(case):
+    """From the second launch on nobody looks at their names."""
+    inputs = case.make_inputs((3, 40), torch.bfloat16, "cpu")
+    for launch in compiled.launches(lambda: testing.forward_backward(case, inputs, reduction=case.reductions[-1])):
+        given = [*launch.scalars, *launch.constants]
+        assert launch.kernel.arg_names[len(launch.tensors) :] == given, launch.kernel.__name__
+
+
 def test_a_specialisation_sees_what_code_depends_on():
     """The test above would pass if it saw nothing."""
     case = testing.case("cross_entropy/index")
