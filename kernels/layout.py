@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-FEW = 128  # classes of rows that are read several in a tile, without regard to 16 bytes
+TILED = 96  # runs of 16 bytes of a row that stands with others in a tile, without regard to where it begins
 
 
 def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -35,7 +35,9 @@ def empty_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
     run = 16 // x.element_size()
     if x.is_contiguous() and x.storage_offset() % run == 0:
         return torch.empty_like(x)
-    if x.dim() == 0 or x.stride(dim) != 1 or x.size(dim) <= FEW or rows(dim, x) is None:  # the last: copied to be read
+    if x.dim() == 0 or x.stride(dim) != 1 or x.size(dim) <= TILED * run:
+        return torch.empty_like(x)
+    if rows(dim, x) is None:  # it is copied to be read
         return torch.empty_like(x)
     step, strides = 1, list(x.stride())
     for d in sorted(range(x.dim()), key=lambda d: (d != dim % x.dim(), strides[d])):

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .layout import FEW, Rows, contiguous_rows
+from .layout import TILED, Rows, contiguous_rows
 
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
-TINY = 28  # classes of a row that two threads write
+FEW, TINY = 128, 28  # classes of a row that two threads read, and that two write
 APART = 256  # classes that lie apart, of a row that one thread reads
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 
@@ -55,22 +55,24 @@ def _positions(inner: int, cols: int, few: bool) -> Tiling:
 def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 128 (28 where rows are written), to most of a warp's block, to 8192 (a warp a
-    row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. A warp has a tile of
-    rows, and a few threads a row, which pads it little; more where it is written, for a store to fill half a sector.
+    """Four classes by row length: to 128 (28 where rows are written), to 768 (384 of float32), to 8192 (a warp a row),
+    and longer (four warps a row). Rows that are read `twice` have no class of the shortest. In the first two a warp
+    has a tile of rows, and a few threads a row, which pads it little; more where it is written, for a store to fill
+    half a sector.
 
     Classes that lie apart (class stride not 1) have tiles of their own, and HINT 0. Else HINT is the run of elements
-    known to be aligned: `together` tells that all tensors' rows share an alignment."""
+    known to be aligned, where all tensors' rows share an alignment."""
     v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
         return _positions(walk.inner, walk.cols, twice and loads == 1)
+    if walk.cols <= TILED * v:
+        return _short(walk.cols, len(sizes) > 1, narrow, loads, writes, twice)
     places = {
         (address // size % hint, s[0] % hint, s[1] % hint)
         for address, size, s in zip(addresses, sizes, walk.strides, strict=True)
     }
-    together = len(places) == 1
     warps = 1 if walk.cols <= SHORT else 4
-    if together:
+    if len(places) == 1:
         u = min(4, loads)
         shape = Tiling(1, u, u if warps == 1 else 1, 32 * warps, v, hint, warps)
     else:
@@ -78,12 +80,14 @@ def tiling(
         shape = Tiling(1, u, u, 32 * warps, 1, 1, warps)
     if shape.U == 1 and warps == 1:  # two warps, or one of 64 threads
         shape = shape._replace(T=64, num_warps=2)
-    if walk.cols > max(FEW, shape.block * 3 // 4):
-        return shape
+    return shape
+
+
+def _short(cols: int, reads: bool, narrow: int, loads: int, writes: bool, twice: bool) -> Tiling:
     if writes:
-        u = max(2, 8 // narrow)
-        return Tiling(32, u, u, 2, 1, 1, 1) if walk.cols <= TINY else Tiling(8, u, u, 8, 1, 1, 1)
-    if walk.cols <= FEW and not twice:
+        u, t = max(2, 8 // narrow), 8 if reads else 16  # a whole sector where that is all the work
+        return Tiling(32, u, u, 2, 1, 1, 1) if cols <= TINY else Tiling(8, u, u, t, 1, 1, 1)
+    if cols <= FEW and not twice:
         return Tiling(32, 4, 4, 2, 1, 1, 1)
     u = 4 if narrow <= 4 and loads > 1 else 2
     return Tiling(16, u, u, 4, 1, 1, 1)

@@ -18,8 +18,7 @@ from fusedloss.kernels.launch import specialisation  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 
 # row lengths of one class each, aligned or not
-CLASSES = ((2, 10, 28), (29, 100, 128), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
-BETWEEN = (129, 136, 300, 384, 700, 768)  # of the second or the third, by the kernel
+CLASSES = ((2, 10, 28), (29, 100, 128), (129, 300, 700, 768), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
 LONGER = (20001, 131080)  # of the last class, except where a row is read twice
 # of an operand that is broadcast over rows: rows shorter than a run, of whole runs, and not
 BROADCAST_CLASSES = ((2, 3, 7), (8, 16, 24, 1000, 4096, 12296), (10, 17, 1001, 8193, 20001))
@@ -59,13 +58,10 @@ def test_new_sizes_compile_nothing_new_within_a_class(case):
         assert {name: len(keys) for name, keys in here.items() if len(keys) > 1} == {}
         for name, keys in here.items():
             every[name] |= keys
-    for cols in BETWEEN:
-        for name, keys in specialisations(case, (3, cols), {}).items():
-            every[name] |= keys
     assert {name: len(keys) for name, keys in every.items() if len(keys) > 4} == {}
 
 
-@pytest.mark.parametrize("cols", [129, 200, 257, 300, 513])
+@pytest.mark.parametrize("cols", [129, 200, 257, 300, 513, 700])
 def test_middling_rows_are_not_padded_far(cols):
     """A masked block costs all of it, whatever the row fills."""
     cases = [c for c in testing.CASES if c.name.startswith(("cross_entropy/", "kl_div_with_logits/", "entropy_with"))]
@@ -74,7 +70,7 @@ def test_middling_rows_are_not_padded_far(cols):
         for launch in compiled.launches(lambda case=case, inputs=inputs: testing.forward_backward(case, inputs)):
             if "UP" in launch.constants:
                 part = launch.constants["UP"] * launch.constants["T"] * launch.constants["V"]
-                assert -(-cols // part) * part < 2.1 * cols, (case.name, launch.kernel.__name__)
+                assert -(-cols // part) * part < 1.5 * cols, (case.name, launch.kernel.__name__)
 
 
 @pytest.mark.parametrize("cols", [19, 300])
