@@ -200,7 +200,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    narrow = 2 if dx is None and not dense else 4 if probs or not dense else 8
+    narrow = 8 if dense and not probs and (weight is not None or dx is not None) else 4
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
         narrow=narrow, loads=1 if probs and weight is not None else 2 if dense or softcap else 4,

@@ -12,7 +12,8 @@ from .layout import TILED, Rows, contiguous_rows
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
-FEW, TINY = 128, 28  # classes of a row that two threads read, and that two write
+FEW = 48  # bytes of a row, of all tensors, that one thread reads: the tiles of 32 warps fit the L1 cache
+TINY = 28  # classes of a row that two threads write
 APART = 256  # classes that lie apart, of a row that one thread reads
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 
@@ -45,8 +46,7 @@ def _positions(inner: int, cols: int, few: bool) -> Tiling:
         return triton.cdiv(inner, shape.ROWS) * shape.ROWS
 
     if cols <= APART:
-        wide = Tiling(128 if few else 256, 1, 1, 1, 1, 0, 2)
-        shapes = [wide, Tiling(128, 1, 1, 1, 1, 0, 1), Tiling(32, 1, 1, 1, 1, 0, 1)]
+        shapes = [Tiling(n, 1, 1, 1, 1, 0, min(2, n // 32)) for n in (256, 128, 32)[few:]]
     else:
         shapes = [*(Tiling(32 * w, 2, 2, 2, 1, 0, w) for w in (4, 2)), Tiling(16, 2, 2, 4, 1, 0, 1)]
     return next(s for s in shapes if 3 * padded(s) <= 4 * padded(shapes[-1]))
@@ -55,18 +55,18 @@ def _positions(inner: int, cols: int, few: bool) -> Tiling:
 def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 128 (28 where rows are written), to 768 (384 of float32), to 8192 (a warp a row),
-    and longer (four warps a row). Rows that are read `twice` have no class of the shortest. In the first two a warp
-    has a tile of rows, and a few threads a row, which pads it little; more where it is written, for a store to fill
-    half a sector.
+    """Four classes by row length: to 24 of half precision (28 where rows are written), to 768 (384 of float32), to
+    8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. In
+    the first two a warp has a tile of rows, and few threads a row, which pads it little: one of the shortest, which
+    takes a class at a time; more where it is written, for a store to fill half a sector.
 
     Classes that lie apart (class stride not 1) have tiles of their own, and HINT 0. Else HINT is the run of elements
     known to be aligned, where all tensors' rows share an alignment."""
     v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        return _positions(walk.inner, walk.cols, twice and loads == 1)
+        return _positions(walk.inner, walk.cols, twice or (writes and loads < 4))
     if walk.cols <= TILED * v:
-        return _short(walk.cols, len(sizes) > 1, narrow, loads, writes, twice)
+        return _short(walk.cols, sizes, narrow, loads, writes, twice)
     places = {
         (address // size % hint, s[0] % hint, s[1] % hint)
         for address, size, s in zip(addresses, sizes, walk.strides, strict=True)
@@ -83,14 +83,16 @@ def tiling(
     return shape
 
 
-def _short(cols: int, reads: bool, narrow: int, loads: int, writes: bool, twice: bool) -> Tiling:
+def _short(cols: int, sizes: list[int], narrow: int, loads: int, writes: bool, twice: bool) -> Tiling:
     if writes:
-        u, t = max(2, 8 // narrow), 8 if reads else 16  # a whole sector where that is all the work
+        u, t = max(2, 8 // narrow), 16 if len(sizes) == 1 else 8  # a whole sector where nothing is read
         return Tiling(32, u, u, 2, 1, 1, 1) if cols <= TINY else Tiling(8, u, u, t, 1, 1, 1)
-    if cols <= FEW and not twice:
-        return Tiling(32, 4, 4, 2, 1, 1, 1)
-    u = 4 if narrow <= 4 and loads > 1 else 2
-    return Tiling(16, u, u, 4, 1, 1, 1)
+    if twice:
+        u = 4 if narrow <= 4 and loads > 1 else 2
+        return Tiling(16, u, u, 4, 1, 1, 1)
+    if cols * sum(sizes) <= FEW:
+        return Tiling(256 if narrow <= 4 else 128, 1, 1, 1, 1, 1, 2)
+    return Tiling(32, 4, 4, 2, 1, 1, 1)
 
 
 class Walk(NamedTuple):

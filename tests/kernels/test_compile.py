@@ -28,12 +28,13 @@ CONFIGURATIONS = [
     ((4, 12288), WIDE, "float32", "none"),
     ((4, 12295), "plain", "bfloat16", "none"),  # four warps a row, unaligned from the second row on
     ((4, 4103), "sliced", "float32", "mean"),  # a warp a row; rows apart, off 16 bytes
-    ((300, 10), "plain", "bfloat16", "mean"),  # 32 rows a tile
+    ((300, 10), "plain", "bfloat16", "mean"),  # 256 rows a tile, or 32
     ((40, 100), "sliced", "float32", "none"),  # 32 rows a tile, or 8
-    ((40, 300), "plain", "bfloat16", "mean"),  # 16 rows a tile
+    ((40, 300), "plain", "bfloat16", "mean"),  # 32 rows a tile, or 8
     ((9, 1000), WIDE, "bfloat16", "none"),  # a warp a row, aligned
     ((9, 1000), WIDE, "float32", "mean"),
-    ((2, 60, 7), "plain", "bfloat16", "mean"),  # classes lie apart
+    ((2, 60, 250), "plain", "bfloat16", "mean"),  # classes lie apart
+    ((2, 60, 7), "plain", "float32", "none"),  # the same, with few positions
     ((2, 300, 7), "plain", "bfloat16", "mean"),  # the same, many of them
     ((2, 300, 300), "plain", "float32", "none"),  # the same, with many positions
 ]
