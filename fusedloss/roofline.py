@@ -122,12 +122,14 @@ def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
     return instructions / max(elements, 1), special / max(elements, 1)
 
 
-def element_bytes(case: Case, inputs: Any, forward: bool) -> float:
-    """Bytes an element that cannot be avoided: reads and writes of element-sized tensors."""
+def element_bytes(case: Case, inputs: Any, forward: bool, cols: int) -> float:
+    """Bytes an element that cannot be avoided: reads and writes of element-sized tensors, and an element's share of
+    what its row has."""
     tensors = inputs[0]
     logits, dense = case.forward_bytes if forward else case.backward_bytes
     target = tensors[1].element_size() if len(tensors) > 1 and tensors[1].is_floating_point() else 0
-    return logits * tensors[0].element_size() + dense * target
+    size = logits * tensors[0].element_size() + dense * target
+    return size + case.row_bytes / cols if size else 0
 
 
 def torch_bytes(case: Case, dtype: torch.dtype, reduction: str) -> tuple[float, float]:
@@ -158,7 +160,7 @@ def report(case: Case, gpu: GPU, rows: int, cols: int, dtype: torch.dtype, reduc
         if flat:
             launch.scalars["trips"] = tiles_each(launch, rows * cols)
         instructions, special = executed(code, launch, cols)
-        size = element_bytes(case, inputs, forward)
+        size = element_bytes(case, inputs, forward, cols)
         elements = rows * cols if "T" in launch.constants or flat or size else rows  # a gather reads rows
         times = {
             "bytes": elements * size / gpu.bandwidth,
@@ -185,7 +187,7 @@ def show(rows: list[Row], gpu: GPU, title: str) -> None:
     for r in rows:
         table.add_row(
             r.case, r.kernel.removesuffix("_kernel"), str(r.registers), str(r.spills), str(r.warps),
-            f"{r.instructions:.1f}", f"{r.special:.2f}", f"{r.bytes:g}", f"{r.torch_bytes:.0f}", f"{r.bytes_us:.0f}",
+            f"{r.instructions:.1f}", f"{r.special:.2f}", f"{r.bytes:.3g}", f"{r.torch_bytes:.0f}", f"{r.bytes_us:.0f}",
             f"{r.modelled_us:.0f}", f"{r.distance:.2f}", r.bound,
         )  # fmt: skip
     Console(width=180).print(table)

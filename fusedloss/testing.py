@@ -29,6 +29,7 @@ class Case(NamedTuple):
         differentiable: how many of the leading tensors torch differentiates.
         forward_bytes: (logits, dense target) elements' reads in forward, as multiples of their sizes.
         backward_bytes: the same in backward, the gradient's write counted with the logits.
+        row_bytes: what a row has besides: its label (int64), and the sums that forward writes and backward reads.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     differentiable: int = 1
     forward_bytes: tuple[int, int] = (1, 1)
     backward_bytes: tuple[int, int] = (2, 1)
+    row_bytes: int = 0
 
     @property
     def loss(self) -> str:
@@ -202,11 +204,11 @@ def _in_forward(case: Case, dense: int) -> Case:
     )  # fmt: skip
 
 
-def _cross_entropy(name: str, make: Callable[..., Inputs], dense: bool = False, equivalent=F.cross_entropy) -> Case:
-    t = int(dense)
+def _cross_entropy(name: str, make: Callable[..., Inputs], row_bytes: int = 16, equivalent=F.cross_entropy) -> Case:
+    t = int(row_bytes == 12)  # no label: probabilities
     return Case(
         f"cross_entropy/{name}", ours.cross_entropy, make, equivalent, _cross_entropy_naive,
-        differentiable=1 + t, forward_bytes=(1, t), backward_bytes=(2, t),
+        differentiable=1 + t, forward_bytes=(1, t), backward_bytes=(2, t), row_bytes=row_bytes,
     )  # fmt: skip
 
 
@@ -221,22 +223,22 @@ KL_REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
 _KL_LOGITS = Case(
     "kl_div_with_logits/plain", ours.kl_div_with_logits, _dense("logits"), _kl_logits_torch, _kl_logits_naive,
-    KL_REDUCTIONS[1:], 2,
+    KL_REDUCTIONS[1:], 2, row_bytes=20,
 )  # fmt: skip
 
 CASES: tuple[Case, ...] = (
     _cross_entropy("index", _index()),
     _cross_entropy("weight", _index(weight=True)),
-    _cross_entropy("label_smoothing", _index(label_smoothing=0.1)),
-    _cross_entropy("weight+label_smoothing", _index(weight=True, label_smoothing=0.1)),
+    _cross_entropy("label_smoothing", _index(label_smoothing=0.1), 20),
+    _cross_entropy("weight+label_smoothing", _index(weight=True, label_smoothing=0.1), 20),
     _cross_entropy("z_loss", _index(z_loss=1e-2), equivalent=_cross_entropy_extra),
     _cross_entropy("softcap", _index(softcap=5.0), equivalent=_cross_entropy_extra),
-    _cross_entropy("probabilities", _dense("classes"), dense=True),
-    _cross_entropy("probabilities+weight", _dense("classes", "class", label_smoothing=0.1), dense=True),
+    _cross_entropy("probabilities", _dense("classes"), 12),
+    _cross_entropy("probabilities+weight", _dense("classes", "class", label_smoothing=0.1), 12),
     Case("nll_loss/index", ours.nll_loss, _index(True), F.nll_loss, _nll_naive,
-         forward_bytes=(0, 0), backward_bytes=(1, 0)),
+         forward_bytes=(0, 0), backward_bytes=(1, 0), row_bytes=8),
     Case("nll_loss/weight", ours.nll_loss, _index(True, weight=True), F.nll_loss, _nll_naive,
-         forward_bytes=(0, 0), backward_bytes=(1, 0)),
+         forward_bytes=(0, 0), backward_bytes=(1, 0), row_bytes=8),
     _bce("plain", _dense("binary")),
     _bce("weight", _dense("binary", "element"), reads=2),
     _bce("pos_weight", _dense("binary", pos_weight=True)),
@@ -252,14 +254,14 @@ CASES: tuple[Case, ...] = (
          KL_REDUCTIONS, 2, backward_bytes=(1, 1)),
     _KL_LOGITS,
     Case("kl_div_with_logits/temperature", ours.kl_div_with_logits, _dense("logits", temperature=2.0),
-         _kl_logits_torch, _kl_logits_naive, KL_REDUCTIONS[1:], 2),
+         _kl_logits_torch, _kl_logits_naive, KL_REDUCTIONS[1:], 2, row_bytes=20),
     Case("kl_div_with_logits/reverse", ours.kl_div_with_logits, _dense("logits", temperature=2.0, reverse=True),
-         _kl_logits_torch, _kl_logits_naive, KL_REDUCTIONS[1:], 2),
+         _kl_logits_torch, _kl_logits_naive, KL_REDUCTIONS[1:], 2, row_bytes=20),
     Case("entropy/plain", ours.entropy, _single(True), _entropy_torch, _entropy_naive, forward_bytes=(1, 0),
          backward_bytes=(2, 0)),
     Case("entropy_with_logits/plain", ours.entropy_with_logits, _single(False), _entropy_logits_torch,
          lambda x, reduction="none": _entropy_naive(torch.softmax(x, -1), reduction),
-         forward_bytes=(1, 0), backward_bytes=(2, 0)),
+         forward_bytes=(1, 0), backward_bytes=(2, 0), row_bytes=12),
     _in_forward(_cross_entropy("index", _index()), 0),
     _in_forward(_bce("plain", _dense("binary")), 1),
     _in_forward(_KL_LOGITS, 1),

@@ -13,7 +13,7 @@ FILL = 2048  # warps that fill the largest GPU: long rows are split until there 
 SHORT = 8192  # classes of a row that one warp reads
 LONG = 16384  # classes of a row that is read twice by one program of 512 threads
 FEW = 48  # bytes of a row, of all tensors, that one thread reads: the tiles of 32 warps fit the L1 cache
-TINY = 28  # classes of a row that two threads write
+TINY = 12  # classes a thread of a row that four threads write, or two where more tensors are read
 APART = 256  # classes that lie apart, of a row that one thread reads
 SHARE = 16  # blocks of a very long row that one of its programs reads in forward, or nearly so many
 
@@ -55,9 +55,9 @@ def _positions(inner: int, cols: int, few: bool) -> Tiling:
 def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 24 of half precision (28 where rows are written), to 768 (384 of float32), to
-    8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest. In
-    the first two a warp has a tile of rows, and few threads a row, which pads it little: one of the shortest, which
+    """Four classes by row length: to 24 of half precision (48 or 24 where rows are written), to 768 (384 of float32),
+    to 8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest.
+    In the first two a warp has a tile of rows, and few threads a row, which pads it little: one of the shortest, which
     takes a class at a time; more where it is written, for a store to fill half a sector.
 
     Classes that lie apart (class stride not 1) have tiles of their own, and HINT 0. Else HINT is the run of elements
@@ -85,8 +85,10 @@ def tiling(
 
 def _short(cols: int, sizes: list[int], narrow: int, loads: int, writes: bool, twice: bool) -> Tiling:
     if writes:
-        u, t = max(2, 8 // narrow), 16 if len(sizes) == 1 else 8  # a whole sector where nothing is read
-        return Tiling(32, u, u, 2, 1, 1, 1) if cols <= TINY else Tiling(8, u, u, t, 1, 1, 1)
+        u, t = max(2, 8 // narrow), 4 if len(sizes) < 3 else 2
+        if cols <= TINY * t:
+            return Tiling(32, 1, 1, t, 1, 1, 1) if t == 4 else Tiling(32, u, u, t, 1, 1, 1)
+        return Tiling(8, u, u, 16 if len(sizes) == 1 else 8, 1, 1, 1)  # 16: a whole sector, where nothing is read
     if twice:
         u = 4 if narrow <= 4 and loads > 1 else 2
         return Tiling(16, u, u, 4, 1, 1, 1)

@@ -18,8 +18,8 @@ from fusedloss.kernels.launch import specialisation  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 
 # row lengths of one class each, aligned or not
-CLASSES = ((2, 10, 12), (29, 100, 300, 768), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
-BETWEEN = (13, 24, 25, 28)  # of the first or the second, by the kernel
+CLASSES = ((2, 10, 12), (49, 100, 300, 768), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
+BETWEEN = (13, 24, 25, 48)  # of the first or the second, by the kernel
 LONGER = (20001, 131080)  # of the last class, except where a row is read twice
 # of an operand that is broadcast over rows: rows shorter than a run, of whole runs, and not
 BROADCAST_CLASSES = ((2, 3, 7), (8, 16, 24, 1000, 4096, 12296), (10, 17, 1001, 8193, 20001))
