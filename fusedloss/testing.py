@@ -204,11 +204,11 @@ def _in_forward(case: Case, dense: int) -> Case:
     )  # fmt: skip
 
 
-def _cross_entropy(name: str, make: Callable[..., Inputs], row_bytes: int = 16, equivalent=F.cross_entropy) -> Case:
-    t = int(row_bytes == 12)  # no label: probabilities
+def _cross_entropy(name: str, make: Callable[..., Inputs], saved=2, dense=False, equivalent=F.cross_entropy) -> Case:
+    t = int(dense)
     return Case(
         f"cross_entropy/{name}", ours.cross_entropy, make, equivalent, _cross_entropy_naive,
-        differentiable=1 + t, forward_bytes=(1, t), backward_bytes=(2, t), row_bytes=row_bytes,
+        differentiable=1 + t, forward_bytes=(1, t), backward_bytes=(2, t), row_bytes=4 * saved + 8 * (1 - t),
     )  # fmt: skip
 
 
@@ -229,12 +229,12 @@ _KL_LOGITS = Case(
 CASES: tuple[Case, ...] = (
     _cross_entropy("index", _index()),
     _cross_entropy("weight", _index(weight=True)),
-    _cross_entropy("label_smoothing", _index(label_smoothing=0.1), 20),
-    _cross_entropy("weight+label_smoothing", _index(weight=True, label_smoothing=0.1), 20),
+    _cross_entropy("label_smoothing", _index(label_smoothing=0.1), saved=3),
+    _cross_entropy("weight+label_smoothing", _index(weight=True, label_smoothing=0.1), saved=3),
     _cross_entropy("z_loss", _index(z_loss=1e-2), equivalent=_cross_entropy_extra),
     _cross_entropy("softcap", _index(softcap=5.0), equivalent=_cross_entropy_extra),
-    _cross_entropy("probabilities", _dense("classes"), 12),
-    _cross_entropy("probabilities+weight", _dense("classes", "class", label_smoothing=0.1), 12),
+    _cross_entropy("probabilities", _dense("classes"), saved=3, dense=True),
+    _cross_entropy("probabilities+weight", _dense("classes", "class", label_smoothing=0.1), saved=3, dense=True),
     Case("nll_loss/index", ours.nll_loss, _index(True), F.nll_loss, _nll_naive,
          forward_bytes=(0, 0), backward_bytes=(1, 0), row_bytes=8),
     Case("nll_loss/weight", ours.nll_loss, _index(True, weight=True), F.nll_loss, _nll_naive,
