@@ -29,12 +29,13 @@ TYPES = {
 
 
 class Loop(NamedTuple):
-    """A loop, or the code outside of all loops: instructions, special-function operations among them, and
-    bytes that a thread loads in accesses of eight bytes and more."""
+    """A loop, or the code outside of all loops: instructions, special-function operations among them, bytes that
+    a thread loads in accesses of eight bytes and more, and barriers and accesses of shared memory."""
 
     instructions: int
     special: int
     load_bytes: int
+    exchanges: int
 
 
 class Code(NamedTuple):
@@ -111,13 +112,12 @@ def compile_launch(launch: Any, target: str) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile
 
-    from .kernels.launch import warps
+    from .kernels.launch import compile_options
 
-    num_warps = warps(launch.num_warps, launch.constants, TARGETS[target][2])
-    options = dict(num_warps=num_warps, enable_fp_fusion=False)
+    options = compile_options(launch.num_warps, launch.constants, TARGETS[target][2])
     kernel = compile(source(launch), target=GPUTarget(*TARGETS[target]), options=options)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
-    return Code(name=kernel.metadata.name, target=target, num_warps=num_warps,
+    return Code(name=kernel.metadata.name, target=target, num_warps=options["num_warps"],
                 shared=kernel.metadata.shared, **read(kernel))  # fmt: skip
 
 
@@ -139,6 +139,7 @@ class _Line(NamedTuple):
 
 
 MUFU = re.compile(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+EXCHANGE = re.compile(r"BAR\.|LDS|STS|s_barrier|ds_")
 
 
 def _read_nvidia(kernel: Any) -> dict[str, Any]:
@@ -194,7 +195,8 @@ def _counts(lines: list[_Line], jumps: list[tuple[int, int]]) -> dict[str, Any]:
 
 def _loop(lines: list[_Line]) -> Loop:
     loads = [size for line in lines for kind, size in [_access(line.opcode)] if kind == "load" and size >= 8]
-    return Loop(len(lines), sum(bool(MUFU.match(line.opcode)) for line in lines), sum(loads))
+    special, exchanges = (sum(bool(kind.match(line.opcode)) for line in lines) for kind in (MUFU, EXCHANGE))
+    return Loop(len(lines), special, sum(loads), exchanges)
 
 
 def _access(opcode: str) -> tuple[str, int]:

@@ -200,10 +200,10 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    narrow = 8 if dense and not probs and (weight is not None or dx is not None) else 4
+    more = (weight is not None) + (dx is not None) if dense and not probs else softcap != 0.0 and dx is not None
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
-        narrow=narrow, loads=1 if probs and weight is not None else 2 if dense or softcap else 4,
+        narrow=4 << more, loads=1 if probs and weight is not None else 2 if dense or softcap else 4,
         writes=False, twice=dx is not None,
     )  # fmt: skip
     target, target_strides = _targets(walk, target)

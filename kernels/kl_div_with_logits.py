@@ -259,7 +259,7 @@ def kl_div_with_logits_forward_grad(outputs, x, target, dim, temperature, revers
 
 
 def _forward(loss, stats, dx, x, target, dim, temperature, reverse, reduction):
-    walk = row_walk(dim, x, target, dx, narrow=4, loads=2 if dx is None else 1, writes=False, twice=dx is not None)
+    walk = row_walk(dim, x, target, dx, narrow=4, loads=2, writes=False, twice=dx is not None)
     nothing = (0, 0, 0)
     strides = [*_sides(walk.strides[2], nothing, reverse), *_sides(*walk.strides[:2], reverse)]
     grads = _sides(walk.tensors[2], None, reverse)

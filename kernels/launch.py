@@ -240,6 +240,14 @@ def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:
     return num_warps * 32 // size if constants.get("WIDE") or one_load else num_warps
 
 
+def compile_options(num_warps: int, constants: dict[str, Any], size: int) -> dict[str, Any]:
+    """How a launch's kernel is compiled for a GPU whose warps have `size` threads. Very many threads a row have 64
+    registers each, for two rows an SM, but where all of cross entropy's options would spill."""
+    spills = constants.get("CAP") and constants["SMOOTH"] and constants["WEIGHT"]
+    limit = dict(maxnreg=64) if size == 32 and constants.get("T", 1) > 128 and not spills else {}
+    return dict(num_warps=warps(num_warps, constants, size), enable_fp_fusion=False, **limit)
+
+
 def _class(name: str, value: int | float) -> object:
     """What of a scalar's value the compiled code depends on."""
     if isinstance(value, float):
@@ -285,7 +293,7 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is None or hooked():
         compiled = _compiled[key] = kernel[grid](
-            *tensors, **scalars, **constants, num_warps=warps(num_warps, constants, WARP), enable_fp_fusion=False
+            *tensors, **scalars, **constants, **compile_options(num_warps, constants, WARP)
         )
     else:
         stream = active.get_current_stream(active.get_current_device())

@@ -146,7 +146,10 @@ def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constex
     """Which elements [ROWS, BLOCK] of the block at `col` are the row's label; or, where `beyond` is given, from that
     column on (which splits no run of V). Both are scalars or [ROWS]."""
     run, place = tl.reshape(V * tl.arange(0, U * T), [1, U * T, 1]), tl.arange(0, V)[None, None, :]
-    found = column(column(label - col)) - run == place
+    if len(label.shape) > 0 and U * T <= 4:  # what threads exchange of the rows does not change from block to block
+        found = column(column(label)) - run == col + place
+    else:
+        found = column(column(label - col)) - run == place
     if beyond is not None:
         found |= column(column(beyond - col)) - run <= 0
     return tl.reshape(found, [found.shape[0], U * T * V])
@@ -181,10 +184,10 @@ def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER
     each half, where a conversion would unpack it first."""
     if HINT > 1 and ptr.dtype.element_ty == tl.bfloat16:
         half: tl.constexpr = lane.shape[1] // 2
-        pair = tl.arange(0, half)[None, :]
+        pair = tl.arange(0, half)[None, None, :]  # of a shape of its own: accesses of one shape get one layout
         start = at + (tl.full([], 0, tl.int64) + col) * class_stride
         place = (ptr + start).to(tl.pointer_type(tl.int32), bitcast=True)
-        place = tl.multiple_of(place, 16 if len(at.shape) == 0 else [16, 16]) + pair
+        place = tl.multiple_of(place, 16) + pair
         if bounds is None:
             both = tl.load(place)
         else:
@@ -194,7 +197,7 @@ def load_run(ptr, at, col, lane, class_stride, bounds, HINT: tl.constexpr, OTHER
             both = tl.load(place, mask=mask, other=-8323200 if OTHER < 0 else 0)  # a pair of -inf, or of 0
         low = (both << 16).to(tl.float32, bitcast=True)
         high = (both & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(low, high), [both.shape[0], 2 * half])
+        return tl.reshape(tl.join(low, high), [1, 2 * half])
     else:
         place = block_at(ptr, at, col, lane, class_stride, HINT)
         if bounds is None:
@@ -224,9 +227,10 @@ def gather_runs(place, left, V: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_weights(ptr, col, lane, bounds, HINT: tl.constexpr):
+def load_weights(ptr, col, lane, bounds, HINT: tl.constexpr, WRITES: tl.constexpr):
     """A block of class weights in float32. Where a row is read in wide runs, a thread reads one by one the weights of
-    its own columns, as any other layout would be exchanged between threads; or wide, where they too are aligned."""
+    its own columns, as any other layout would be exchanged between threads; or wide, where they too are aligned. In
+    tiles, threads of many a row, or of rows that are written, read those of their own columns too."""
     if HINT > 1:
         V: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
         if ((ptr + col).to(tl.int64) & 15) == 0:
@@ -236,6 +240,10 @@ def load_weights(ptr, col, lane, bounds, HINT: tl.constexpr):
             left = None if bounds is None else tl.where(bounds[0], bounds[2] - col, 0) - run
             value = tl.reshape(gather_runs(ptr + col + run, left, V, 1), [1, lane.shape[1]])
         return value
+    elif len(lane.shape) == 3 and (WRITES or lane.shape[len(lane.shape) - 1] > 2):
+        left = 0 if bounds is None else bounds[2] - col
+        value = tl.load(ptr + col + lane, mask=lane < left, other=0.0).to(tl.float32)
+        return tl.reshape(value, [1, lane.shape[0] * lane.shape[2]])
     else:
         return load_run(ptr, tl.full([], 0, tl.int64), col, lane, 1, bounds, 1)
 

@@ -22,7 +22,8 @@ def load_x(source, col, lane, bounds, CAP: tl.constexpr, HINT: tl.constexpr):
 
 
 @triton.jit
-def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr):
+def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr, HINT: tl.constexpr,
+           WRITES: tl.constexpr = False):  # fmt: skip
     """(q, w) of a block: q = w (keep t + shift), and for labels w alone: shift is the row's."""
     target_ptr, t_at, class_stride, weight_ptr, keep, shift = source
     q, w = 1.0, 1.0
@@ -30,7 +31,7 @@ def load_q(source, col, lane, bounds, PROBS: tl.constexpr, WEIGHT: tl.constexpr,
         t = load_run(target_ptr, t_at, col, lane, class_stride, bounds, HINT)
         q = tl.fma(t, keep, shift)
     if WEIGHT:
-        w = load_weights(weight_ptr, col, lane, bounds, HINT)
+        w = load_weights(weight_ptr, col, lane, bounds, HINT, WRITES)
         q = q * w if PROBS else w
     return q, w
 
@@ -139,7 +140,7 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     x = load_x(x_from, col, lane, bounds, CAP, HINT)
     u = scale2(x, m)
     if PROBS or SMOOTH:
-        q, w = load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)
+        q, w = load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT, True)
         dx = tl.fma(p, tl.exp2(u), -g * q)
     else:
         dx = p * tl.exp2(u)

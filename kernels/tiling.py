@@ -11,7 +11,8 @@ from .layout import TILED, Rows, contiguous_rows
 
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
-LONG = 16384  # classes of a row that is read twice by one program of 512 threads
+HELD = 16384, 40960  # bytes of a row that is read twice, of all tensors, by one warp, or four: all rows in flight
+# (32, 10, and 2 an SM) stay in a GPU's second-level cache
 FEW = 48  # bytes of a row, of all tensors, that one thread reads: the tiles of 32 warps fit the L1 cache
 TINY = 12  # classes a thread of a row that four threads write, or two where more tensors are read
 APART = 256  # classes that lie apart, of a row that one thread reads
@@ -56,7 +57,8 @@ def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
     """Four classes by row length: to 24 of half precision (48 or 24 where rows are written), to 768 (384 of float32),
-    to 8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest.
+    to 8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest,
+    and of the others three by their bytes: a warp, four, or sixteen a row, for fewer rows at a time.
     In the first two a warp has a tile of rows, and few threads a row, which pads it little: one of the shortest, which
     takes a class at a time; more where it is written, for a store to fill half a sector.
 
@@ -72,6 +74,9 @@ def tiling(
         for address, size, s in zip(addresses, sizes, walk.strides, strict=True)
     }
     warps = 1 if walk.cols <= SHORT else 4
+    if twice:
+        row = walk.cols * sum(sizes)
+        warps = 1 if row <= HELD[0] else 4 if row <= HELD[1] else 16
     if len(places) == 1:
         u = min(4, loads)
         shape = Tiling(1, u, u if warps == 1 else 1, 32 * warps, v, hint, warps)
@@ -90,7 +95,7 @@ def _short(cols: int, sizes: list[int], narrow: int, loads: int, writes: bool, t
             return Tiling(32, 1, 1, t, 1, 1, 1) if t == 4 else Tiling(32, u, u, t, 1, 1, 1)
         return Tiling(8, u, u, 16 if len(sizes) == 1 else 8, 1, 1, 1)  # 16: a whole sector, where nothing is read
     if twice:
-        u = 4 if narrow <= 4 and loads > 1 else 2
+        u = 4 if narrow <= 4 and loads > 1 else 2 if narrow <= 8 else 1
         return Tiling(16, u, u, 4, 1, 1, 1)
     if cols * sum(sizes) <= FEW:
         return Tiling(256 if narrow <= 4 else 128, 1, 1, 1, 1, 1, 2)
@@ -146,15 +151,12 @@ def row_walk(
 ) -> Walk:
     """Cover the rows over `dim` of tensors of one shape (None where there is none). Kernels that keep more a lane
     ask for tiles `narrow` times smaller, as far as tiles depend on it, and for fewer `loads` a thread in long rows;
-    those that `writes` no elements give a row fewer threads in a tile; those that read a row `twice` give a very long
-    one more threads, so that the rows in flight stay in the cache, and the shortest no class of their own."""
+    those that `writes` no elements give a row fewer threads in a tile; those that read a row `twice` give a long one
+    more threads, so that the rows in flight stay in the cache, and the shortest no class of their own."""
     there = [t for t in tensors if t is not None]
     common, there = contiguous_rows(dim, there)
     sizes, addresses = [t.element_size() for t in there], [t.data_ptr() for t in there]
     shape = tiling(common, sizes, addresses, narrow, loads, writes, twice)
-    if twice and shape.ROWS == 1 and common.cols > LONG:
-        u = min(shape.U, 2)
-        shape = shape._replace(U=u, UP=min(shape.UP, u), T=4 * shape.T, num_warps=4 * shape.num_warps)
     rest, strides = iter(there), iter(common.strides)
     placed = [None if t is None else next(rest) for t in tensors]
     all_strides = [(0, 0, 0) if t is None else next(strides) for t in tensors]

@@ -28,7 +28,8 @@ def code(launch, target):
     if key not in _codes:
         made = compiled.compile_launch(launch, target)
         _codes[key] = dict(name=made.name, spills=made.spills, registers=made.registers,
-                           instructions=made.instructions, widths=made.widths)  # fmt: skip
+                           instructions=made.instructions, widths=made.widths,
+                           exchanges=[loop.exchanges for loop in made.loops])  # fmt: skip
     return _codes[key]
 
 

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 # row lengths of one class each, aligned or not
 CLASSES = ((2, 10, 12), (49, 100, 300, 768), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
 BETWEEN = (13, 24, 25, 48)  # of the first or the second, by the kernel
-LONGER = (20001, 131080)  # of the last class, except where a row is read twice
+LONGER = (20001, 131080)  # of the last class
+# where a row is read twice, by its bytes: 4 an element, or 6 of two logits and a gradient
+TWICE = ((1000, 1001, 4096), (4097, 8192, 10240), (10241, 12296, *LONGER))
+TWICE_KL = ((1000, 1001, 2730), (2731, 4096, 6826), (6827, 8192, *LONGER))
 # of an operand that is broadcast over rows: rows shorter than a run, of whole runs, and not
 BROADCAST_CLASSES = ((2, 3, 7), (8, 16, 24, 1000, 4096, 12296), (10, 17, 1001, 8193, 20001))
 OPTIONS = {  # of which a new value compiles nothing
@@ -48,7 +51,9 @@ def specialisations(case, shape, options):
 def test_new_sizes_compile_nothing_new_within_a_class(case):
     """At most four kernels of each name, chosen by the row length; batch sizes and options choose none."""
     every = defaultdict(set)
-    apart = (*CLASSES, LONGER) if case.name.endswith("/grad_in_forward") else (*CLASSES[:-1], CLASSES[-1] + LONGER)
+    apart = *CLASSES[:-1], CLASSES[-1] + LONGER
+    if case.name.endswith("/grad_in_forward"):
+        apart = *CLASSES[:2], *(TWICE_KL if case.name.startswith("kl_div") else TWICE)
     for lengths in BROADCAST_CLASSES if case.name.endswith("/pos_weight") else apart:
         here = defaultdict(set)
         for cols in lengths:
