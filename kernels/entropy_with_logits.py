@@ -234,7 +234,7 @@ def entropy_with_logits_forward_grad(outputs, x, dim, reduction, dtype):
 
 
 def _forward(loss, stats, dx, x, dim, reduction):
-    walk = row_walk(dim, x, dx, narrow=4, loads=2, writes=False, twice=dx is not None)
+    walk = row_walk(dim, x, dx, narrow=4, loads=2 if dx is None else 4, writes=False, twice=dx is not None)
     reduce = reduction != NONE
     parts, splits = scratch(x, walk.programs) if reduce else loss, walk.splits if reduce and dx is None else 1
     split = scratch(x, splits, 3, walk.rows) if splits > 1 else stats

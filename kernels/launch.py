@@ -243,8 +243,8 @@ def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:
 def compile_options(num_warps: int, constants: dict[str, Any], size: int) -> dict[str, Any]:
     """How a launch's kernel is compiled for a GPU whose warps have `size` threads. Very many threads a row have 64
     registers each, for two rows an SM, but where all of cross entropy's options would spill."""
-    spills = constants.get("CAP") and constants["SMOOTH"] and constants["WEIGHT"]
-    limit = dict(maxnreg=64) if size == 32 and constants.get("T", 1) > 128 and not spills else {}
+    more = constants.get("CAP") and constants["SMOOTH"] and constants["WEIGHT"]
+    limit = dict(maxnreg=128 if more else 64) if size == 32 and constants.get("T", 1) > 128 else {}
     return dict(num_warps=warps(num_warps, constants, size), enable_fp_fusion=False, **limit)
 
 

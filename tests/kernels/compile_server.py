@@ -33,13 +33,13 @@ def code(launch, target):
     return _codes[key]
 
 
-def answer(case, shape, dtype, reduction, layout, target):
+def answer(case, shape, dtype, reduction, layout, target, options=None):
     case, dtype = testing.case(case), getattr(torch, dtype)
     tensors, keywords = case.make_inputs(shape, dtype, "cpu")
     if layout == "sliced":
         tensors = [torch.zeros(*t.shape[:-1], t.shape[-1] + 5, dtype=t.dtype)[..., 3:-2] if t.dim() > 1 else t
                    for t in tensors]  # fmt: skip
-    keywords["reduction"] = reduction
+    keywords = {**keywords, "reduction": reduction, **(options or {})}
 
     def call():
         for differentiable in sorted({1, case.differentiable}):  # of the input alone, and of the target too

@@ -108,6 +108,18 @@ def test_kernels(wanted, compile):
             assert widths.get("store16", 0) >= code["writes"], f"{code['name']}: {widths}"
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_120"])
+@pytest.mark.parametrize(("case", "limit"), [("label_smoothing", 64), ("weight+label_smoothing", 128)])
+def test_gradient_in_forward_with_all_options(case, limit, target, compile):
+    """Two rows of 512 threads an SM; one, where two would spill."""
+    options = dict(softcap=30.0, z_loss=0.1, grad_in_forward=True)
+    codes = compile(dict(case=f"cross_entropy/{case}", shape=(4, 20480), layout=WIDE, dtype="float32",
+                         reduction="sum", target=target, options=options))  # fmt: skip
+    forward = next(c for c in codes if "forward" in c["name"])
+    assert forward["spills"] == 0
+    assert forward["registers"] <= limit
+
+
 def test_everything_is_chosen_somewhere():
     """The default share leaves out no target; no case and no configuration on a vendor's GPUs."""
     requests = [p.values[0] for p in chosen()]
