@@ -113,7 +113,7 @@ def test_kernels(wanted, compile):
 def test_gradient_in_forward_with_all_options(case, limit, target, compile):
     """Two rows of 512 threads an SM; one, where two would spill."""
     options = dict(softcap=30.0, z_loss=0.1, grad_in_forward=True)
-    codes = compile(dict(case=f"cross_entropy/{case}", shape=(4, 20480), layout=WIDE, dtype="float32",
+    codes = compile(dict(case=f"cross_entropy/{case}", shape=(4, 20480), layout=WIDE, dtype="bfloat16",
                          reduction="sum", target=target, options=options))  # fmt: skip
     forward = next(c for c in codes if "forward" in c["name"])
     assert forward["spills"] == 0
