@@ -170,7 +170,7 @@ def block_at(ptr, at, col, lane, class_stride, HINT: tl.constexpr):
     """Pointers to a block's elements: rows at `at` (scalar or [ROWS, 1]), columns col + lane."""
     start = ptr + (at + (tl.full([], 0, tl.int64) + col) * class_stride)
     if HINT > 1:
-        start = tl.multiple_of(start, 16 if len(at.shape) == 0 else [16, 16])
+        start = tl.multiple_of(start, 16)
     if len(lane.shape) == 3 and len(at.shape) > 0:
         start = start[None, :, :]
     return start + lane * class_stride

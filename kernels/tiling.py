@@ -12,7 +12,7 @@ from .layout import TILED, Rows, contiguous_rows
 FILL = 2048  # warps that fill the largest GPU: long rows are split until there are as many
 SHORT = 8192  # classes of a row that one warp reads
 HELD = 16384, 40960  # bytes of a row that is read twice, of all tensors, by one warp, or four: all rows in flight
-# (32, 10, and 2 an SM) stay in a GPU's second-level cache
+# (some 32, 10, and 2 an SM) stay in a GPU's second-level cache
 FEW = 48  # bytes of a row, of all tensors, that one thread reads: the tiles of 32 warps fit the L1 cache
 TINY = 12  # classes a thread of a row that four threads write, or two where more tensors are read
 APART = 256  # classes that lie apart, of a row that one thread reads

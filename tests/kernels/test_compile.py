@@ -1,5 +1,5 @@
 """Every kernel that every case launches, compiled for six GPUs on a machine that may have none: nothing is
-spilled, no loop of NVIDIA's has threads wait for or pass values to each other, registers leave 32 warps an SM (sm_90,
+spilled, no loop has a barrier or an access of shared memory (NVIDIA's GPUs), registers leave 32 warps an SM (sm_90,
 Triton 3.9), and rows that lie together and begin at 16 bytes are read and written 16 bytes at a time.
 
 By default each case is compiled for sm_90 in two configurations, and every third case for each of the other
@@ -98,7 +98,7 @@ def test_kernels(wanted, compile):
         assert code["instructions"] > 10, "no machine code was read"
         assert code["spills"] == 0, f"{code['name']} spills {code['spills']} bytes"
         if wanted["target"].startswith("sm_"):  # warps of 64 threads share a run of columns among more
-            assert not any(code["exchanges"]), f"{code['name']} exchanges values in loops: {code['exchanges']}"
+            assert not any(code["exchanges"]), f"{code['name']}: shared memory in loops {code['exchanges']}"
         if wanted["target"] == "sm_90":
             assert code["registers"] <= REGISTERS, f"{code['name']}: {code['registers']}"
         flat = wanted["layout"] == "plain" and code["name"].startswith(ELEMENTWISE)
