@@ -15,7 +15,7 @@ class Short(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, x, target, *numbers):
-        loss, kept = LOSSES[name][0](x, target, *numbers)
+        loss, kept = LOSSES[name][0](x, target, *numbers, True)
         ctx.save_for_backward(x, *kept)
         ctx.call = name, numbers
         return loss

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import blocked, short
-from .reference import BACKWARD, FORWARD, HALF, INPLACE, NONE
+from .reference import BACKWARD, FLOATS, FORWARD, HALF, INPLACE, NONE
 
 TRITON, REFERENCE, AUTO = "triton", "reference", "auto"
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
@@ -42,6 +42,8 @@ _loaded: dict[str, Any] = {}
 _applied: dict[str, Any] = {}
 _choice = AUTO
 _any_device = INTERPRETED and _installed  # kernels for tensors that are not on a GPU, too
+_guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+_latest: dict[tuple[str, int], Any] = {}
 
 
 def function(name: str) -> Any:
@@ -146,31 +148,63 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
     return dtype in DTYPES
 
 
+def _alike(name: str, x: Tensor, other: Tensor | None) -> bool:
+    """Whether tensors, by type, layout, dtype and device, and torch's modes are those last found `small`, or
+    `readable`: one call of the guards that Dynamo compiles its own with."""
+    if other is None:
+        latest = _latest.get((name, 1))
+        return latest is not None and type(x) is Tensor and latest(x)
+    latest = _latest.get((name, 2))
+    return latest is not None and type(x) is Tensor and type(other) is Tensor and latest(x, other)
+
+
+def _remember(name: str, *tensors: Tensor) -> None:
+    if _guards is not None:
+        free: dict[str, Any] = dict(dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        _latest[name, len(tensors)] = _guards(*tensors, **free).check
+
+
 def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | None = None) -> bool:
     """Whether the reference, where it calls torch's own function on these, may be called at once: an input of
     several rows, or elements, in a CPU's memory, too small for pieces, and other tensors of its dtype. That function
     checks them."""
+    if is_compiling() or _any_device:
+        return False
+    if another is None and _alike(name, x, other):
+        return True
+    found = _small(name, x, other) and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
+    if found and another is None:
+        _remember(name, x) if other is None else _remember(name, x, other)
+    return found
+
+
+def _small(name: str, x: Tensor, other: Tensor | None) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
         and x.dim() > (name in LABELS)
-        and not _any_device
-        and not is_compiling()
         and 0 < x.numel() < blocked.LARGE.get(name, blocked.NEVER)
         and (other is None or (type(other) is Tensor and other.dtype is x.dtype))
-        and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
         and (x.dtype not in HALF or not torch.is_autocast_enabled("cpu"))
     )
 
 
 def readable(name: str, x: Tensor, other: Tensor | None = None) -> bool:
     """Whether these are `small`, of one shape, and what is computed from them may be looked at and written over."""
-    return (
-        small(name, x, other)
+    if is_compiling() or _any_device or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+        return False
+    if _alike(name, x, other):
+        return True
+    found = (
+        _small(name, x, other)
+        and x.dtype in FLOATS
         and x.layout is torch.strided
         and (other is None or (other.is_same_size(x) and other.layout is torch.strided and other.is_cpu))
         and blocked.unwatched()
     )
+    if found:
+        _remember(name, x) if other is None else _remember(name, x, other)
+    return found
 
 
 def run_short(name: str, x: Tensor, target: Tensor | None, *numbers: Any) -> Tensor:
@@ -181,7 +215,7 @@ def run_short(name: str, x: Tensor, target: Tensor | None, *numbers: Any) -> Ten
             return composed(x, target, *numbers)
         if x.requires_grad:
             return (_applied.get("Short") or applied("Short"))(name, x, target, *numbers)
-    return loss(x, target, *numbers)[0]
+    return loss(x, target, *numbers, False)[0]
 
 
 def run(name: str, reference: Any, x: Tensor, *others: Any) -> Any:

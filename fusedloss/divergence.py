@@ -75,7 +75,6 @@ def kl_div_with_logits(
         and not grad_in_forward
         and readable("KLDivWithLogits", input, target)
         and type(dim) is int
-        and input.dtype in reference.FLOATS
     ):
         loss = short.kl_div_with_logits(input, target, dim, temperature, reverse, number)
         if isfinite(loss.item()):
@@ -169,7 +168,6 @@ def entropy_with_logits(
         and not grad_in_forward
         and readable("EntropyWithLogits", input)
         and type(dim) is int
-        and input.dtype in reference.FLOATS
     ):
         loss = run_short("EntropyWithLogits", input, None, dim, number)
         if isfinite((loss.detach().sum() if number == NONE else loss).item()):

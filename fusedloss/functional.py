@@ -98,7 +98,6 @@ def binary_cross_entropy_with_logits(
         weight is pos_weight is dtype is None
         and not (label_smoothing or inplace or grad_in_forward)
         and readable("BCEWithLogits", input, target)
-        and input.dtype in reference.FLOATS
     ):
         return run_short("BCEWithLogits", input, target, number)
     checks.bce_with_logits(input, target, weight, pos_weight, label_smoothing)

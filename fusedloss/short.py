@@ -19,7 +19,7 @@ from . import reference
 from .reference import BACKWARD, BATCHMEAN, HALF, MEAN, NONE, SUM, softplus_of, torch_kl_div
 
 Kept = tuple[Any, ...]  # tensors, the target first
-FEW = 4096  # elements of which a second softplus takes no longer than three operations more
+FEW = 8192  # elements of which a second softplus takes no longer than three operations more
 
 
 @lru_cache(256)
@@ -50,28 +50,28 @@ def _scaled(gradient: Tensor, dloss: Tensor, factor: float, dtype: torch.dtype) 
     return _cast(gradient.mul(dloss.mul(_number(factor, gradient.dtype))), dtype)
 
 
-def bce_with_logits(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Kept]:
-    """(1 - t) softplus(x) + t softplus(-x), or (1 - t) relu(x) + t relu(-x) + log1p(exp(-|x|)). Keeps t, -x and, where
-    it had to be widened, x."""
-    dtype = x.dtype
+def bce_with_logits(x: Tensor, target: Tensor, reduction: int, want: bool) -> tuple[Tensor, Kept]:
+    """(1 - t) softplus(x) + t softplus(-x), or (1 - t) relu(x) + t relu(-x) + log1p(exp(-|x|)). Keeps t and the
+    gradient (1 - t) sigmoid(x) - t sigmoid(-x): its operations cost less here than in backward."""
+    dtype, t = x.dtype, target
     if dtype in HALF:
-        x, target = x.float(), target.float()
+        x, t = x.float(), t.float()
     minus = x.neg()
+    dx = torch.sigmoid(x).lerp_(torch.sigmoid(minus).neg_(), t) if want else None
     if x.dtype is not torch.float32:
-        loss = torch.lerp(softplus_of(x), softplus_of(minus), target)
+        loss = softplus_of(x).lerp_(softplus_of(minus), t)
     elif x.numel() < FEW:
-        loss = torch.lerp(softplus(x), softplus(minus), target)
+        loss = softplus(x).lerp_(softplus(minus), t)
     else:  # exp2 of a product is off by x times its own rounding
-        loss, negative = x.relu(), minus.relu()
+        loss, negative = x.relu(), minus.relu_()
         tail = loss.add(negative).mul_(_number(-log2(e), torch.float32)).exp2_().log1p_()
-        loss = loss.lerp_(negative, target).add_(tail)
-    return _reduced(loss, reduction, dtype), (target, minus) if x.dtype is dtype else (target, minus, x)
+        loss = loss.lerp_(negative, t).add_(tail)
+    return _reduced(loss, reduction, dtype), (target, dx)
 
 
 def bce_with_logits_gradient(dloss: Tensor, x: Tensor, kept: Kept, reduction: int) -> Tensor:
-    """(1 - t) sigmoid(x) - t sigmoid(-x)."""
-    target, minus = kept[:2]
-    dx = torch.sigmoid(kept[2] if len(kept) > 2 else x).lerp_(torch.sigmoid(minus).neg_(), target)
+    """Scaled, and rounded."""
+    dx = kept[1]
     if reduction == NONE:
         return _cast(dx.mul(dloss), x.dtype)
     return _scaled(dx, dloss, 1.0 / x.numel() if reduction == MEAN else 1.0, x.dtype)
@@ -96,7 +96,7 @@ def kl_div_with_logits(
     return _cast(loss if factor == 1.0 else loss * _number(factor, wide), dtype)
 
 
-def entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int) -> tuple[Tensor, Kept]:
+def entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int, want: bool) -> tuple[Tensor, Kept]:
     """-sum p log p: nan where a class has no probability."""
     log_p = torch.log_softmax(x, dim, torch.float32 if x.dtype in HALF else x.dtype)
     p = log_p.exp()
@@ -121,7 +121,7 @@ def _entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int) -> T
     return reference.entropy_with_logits(x, dim, reduction, BACKWARD, x.dtype)
 
 
-# loss(x, target, *numbers, reduction): the loss, and what its gradient is computed from;
+# loss(x, target, *numbers, reduction, want): the loss, and what its gradient, if wanted, is computed from;
 # gradient(dloss, x, that, *numbers, reduction); and the reference of the loss's arguments
 LOSSES: dict[str, tuple[Callable[..., tuple[Tensor, Kept]], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "BCEWithLogits": (bce_with_logits, bce_with_logits_gradient, _bce_with_logits),

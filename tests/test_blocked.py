@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import blocked, formulas, pieces
+from fusedloss import blocked, dispatch, formulas, pieces
 from fusedloss.testing import _entropy_logits_torch, _kl_logits_torch
 
 from . import oracle
@@ -34,7 +34,7 @@ def small(monkeypatch):
     used, run = [], blocked.walk
     for module, name, value in (
         (pieces, "PIECE", 96), (blocked, "PIECE", 96), (formulas, "PIECE", 96), (formulas, "SHORT", 6),
-        (pieces, "APART", 1),
+        (pieces, "APART", 1), (dispatch, "_latest", {}),
         (blocked, "LARGE", dict.fromkeys(blocked.LARGE, 1)), (blocked, "CLASSES", 2), (blocked, "KEPT", 0),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

@@ -4,8 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
+from fusedloss import dispatch
 
 BCE = fusedloss.binary_cross_entropy_with_logits
 KL = fusedloss.kl_div_with_logits
@@ -113,7 +117,7 @@ def test_tails_keep_relative_accuracy():
     assert dx[0, 4] == 0.0
 
 
-@pytest.mark.parametrize("elements", [4095, 4096])
+@pytest.mark.parametrize("elements", [8191, 8192])
 @pytest.mark.parametrize("t", [0.0, 1e-7, 0.3, 1 - 1e-7, 1.0])
 def test_both_forms_of_binary_cross_entropy(elements, t):
     """Few elements, and more: each loss to its own size, in both tails."""
@@ -146,6 +150,37 @@ def test_others_are_left_to_autograd(case):
         loss = ours(x, t.clone().requires_grad_())
         assert type(loss.grad_fn).__name__ != "ShortBackward"
         torch.testing.assert_close(torch.autograd.grad(loss, x)[0], dx)
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["BCEWithLogits", "KLDivWithLogits"])
+def test_tensors_like_the_last_are_known(name, monkeypatch):
+    """Once found readable, tensors like them are; others, and those in other surroundings, are looked at again."""
+    x, t = (tensor.detach().bfloat16() for tensor in inputs())
+    monkeypatch.setattr(dispatch, "_latest", {})
+    ask, small, looked = partial(dispatch.readable, name), dispatch._small, []
+    monkeypatch.setattr(dispatch, "_small", lambda *given: looked.append(given) or small(*given))
+    assert ask(x, t) and ask(x, t) and ask(x + 1, t + 1)
+    assert len(looked) == 1
+    assert not ask(x, t[:1]) and not ask(x, t.double()) and not ask(x.to_sparse(), t)
+    assert ask(x, t)
+    for mode in (Watch(), FakeTensorMode()):
+        with mode:
+            assert not ask(x, t)
+    with forward_ad.dual_level():
+        assert not ask(forward_ad.make_dual(x, x), t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not ask(x, t)
+    assert torch.func.vmap(lambda t: torch.tensor(float(ask(x, t))))(t[None]) == 0.0
+    with fusedloss.use("triton"):
+        assert not ask(x, t)
+    with torch.inference_mode():
+        before = len(looked)
+        assert ask(x, t) and len(looked) == before + 1
 
 
 @pytest.mark.parametrize("case", ["bce mean", "bce none", "kl batchmean", "entropy mean", "entropy none"])
