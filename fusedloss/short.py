@@ -19,7 +19,7 @@ from . import reference
 from .reference import BACKWARD, BATCHMEAN, HALF, MEAN, NONE, SUM, softplus_of, torch_kl_div
 
 Kept = tuple[Any, ...]  # tensors, the target first
-FEW = 8192  # elements of which a second softplus takes no longer than three operations more
+FEW = 4096  # elements of which a second softplus takes no longer than three operations more
 
 
 @lru_cache(256)
@@ -60,7 +60,7 @@ def bce_with_logits(x: Tensor, target: Tensor, reduction: int, want: bool) -> tu
     dx = torch.sigmoid(x).lerp_(torch.sigmoid(minus).neg_(), t) if want else None
     if x.dtype is not torch.float32:
         loss = softplus_of(x).lerp_(softplus_of(minus), t)
-    elif x.numel() < FEW:
+    elif x.numel() < (2 * FEW if want else FEW):
         loss = softplus(x).lerp_(softplus(minus), t)
     else:  # exp2 of a product is off by x times its own rounding
         loss, negative = x.relu(), minus.relu_()
