@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-TILED = 96  # runs of 16 bytes of a row that stands with others in a tile, without regard to where it begins
+TILED = 112  # runs of 16 bytes of a row that stands with others in a tile, without regard to where it begins
 
 
 def empty(beside: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -56,7 +56,7 @@ def _positions(inner: int, cols: int, few: bool) -> Tiling:
 def tiling(
     walk: Rows, sizes: list[int], addresses: list[int], narrow: int, loads: int, writes: bool, twice: bool
 ) -> Tiling:
-    """Four classes by row length: to 24 of half precision (48 or 24 where rows are written), to 768 (384 of float32),
+    """Four classes by row length: to 24 of half precision (48 or 24 where rows are written), to 896 (448 of float32),
     to 8192 (a warp a row), and longer (four warps a row). Rows that are read `twice` have no class of the shortest,
     and of the others three by their bytes: a warp, four, or sixteen a row, for fewer rows at a time.
     In the first two a warp has a tile of rows, and few threads a row, which pads it little: one of the shortest, which

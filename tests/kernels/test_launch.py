@@ -18,7 +18,7 @@ from fusedloss.kernels.launch import specialisation  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 
 # row lengths of one class each, aligned or not
-CLASSES = ((2, 10, 12), (49, 100, 300, 768), (1000, 1001, 4096, 8192), (8193, 10000, 12296))
+CLASSES = ((2, 10, 12), (49, 100, 300, 896), (897, 1001, 4096, 8192), (8193, 10000, 12296))
 BETWEEN = (13, 24, 25, 48)  # of the first or the second, by the kernel
 LONGER = (20001, 131080)  # of the last class
 # where a row is read twice, by its bytes: 4 an element, or 6 of two logits and a gradient
@@ -70,7 +70,7 @@ def test_new_sizes_compile_nothing_new_within_a_class(case):
     assert {name: len(keys) for name, keys in every.items() if len(keys) > 4} == {}
 
 
-@pytest.mark.parametrize("cols", [129, 200, 257, 300, 513, 700])
+@pytest.mark.parametrize("cols", [129, 200, 257, 300, 513, 700, 800])
 def test_middling_rows_are_not_padded_far(cols):
     """A masked block costs all of it, whatever the row fills."""
     cases = [c for c in testing.CASES if c.name.startswith(("cross_entropy/", "kl_div_with_logits/", "entropy_with"))]
