@@ -194,7 +194,7 @@ def bce_with_logits_forward_grad(outputs, x, target, weight, pos_weight, label_s
 
 def _forward(out, dx, x, target, weight, pos_weight, label_smoothing, reduction, dtype):
     reduce, scale = reduction != NONE, 1.0 / x.numel() if reduction == MEAN else 1.0
-    tile = TILE if dx is None else TILE // 2
+    tile = TILE if dx is pos_weight is None else TILE // 2  # for the registers
     to = walk(None if reduce else out, dx, x, target, weight, pos_weight, tile=tile, held=2)
     parts = scratch(x, to.programs) if reduce else to.tensors[0]
     launch(

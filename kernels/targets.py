@@ -151,8 +151,8 @@ def put_gradients(to, x_from, q_from, col, lane, bounds, live, is_label, row_val
     if CAP:
         share = x * (1.0 / x_from[3])
         dx *= tl.fma(-share, share, 1.0)
-        if bounds is not None:
-            dx = tl.where(column(bounds[0]), dx, 0.0)
+        if bounds is not None and len(live.shape) == 0:  # in forward an ignored row has a maximum in tiles alone
+            dx = tl.where(bounds[0], dx, 0.0)
     store_block(block_at(dx_ptr, dx_at, col, lane, dx_stride, HINT), dx, mask)
     if TARGET_GRAD:
         dt = g * q_from[4] * tl.fma(u, -LN2, lse)

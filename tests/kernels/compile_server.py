@@ -39,7 +39,8 @@ def answer(case, shape, dtype, reduction, layout, target, options=None):
     if layout == "sliced":
         tensors = [torch.zeros(*t.shape[:-1], t.shape[-1] + 5, dtype=t.dtype)[..., 3:-2] if t.dim() > 1 else t
                    for t in tensors]  # fmt: skip
-    keywords = {**keywords, "reduction": reduction, **(options or {})}
+    more = {k: torch.tensor(v, dtype=dtype) if isinstance(v, list) else v for k, v in (options or {}).items()}
+    keywords = {**keywords, "reduction": reduction, **more}
 
     def call():
         for differentiable in sorted({1, case.differentiable}):  # of the input alone, and of the target too

@@ -120,6 +120,25 @@ def test_gradient_in_forward_with_all_options(case, limit, target, compile):
     assert forward["registers"] <= limit
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("case", "shape", "options"),
+    [
+        ("cross_entropy/softcap", (300, 10), {}),
+        ("cross_entropy/softcap", (300, 10), dict(z_loss=0.1)),
+        ("cross_entropy/softcap", (300, 10), dict(label_smoothing=0.1)),
+        ("cross_entropy/softcap", (9, 1000), dict(z_loss=0.1)),
+        ("binary_cross_entropy_with_logits/pos_weight", (1, 1 << 16), dict(pos_weight=[2.0])),
+    ],
+    ids=str,
+)
+def test_options_leave_32_warps(case, shape, options, dtype, compile):
+    """Where they took 68 to 72 registers."""
+    codes = compile(dict(case=case, shape=shape, layout="plain", dtype=dtype, reduction="mean", target="sm_90",
+                         options=options))  # fmt: skip
+    assert {c["name"]: c["registers"] for c in codes if c["registers"] > REGISTERS and "join" not in c["name"]} == {}
+
+
 def test_everything_is_chosen_somewhere():
     """The default share leaves out no target; no case and no configuration on a vendor's GPUs."""
     requests = [p.values[0] for p in chosen()]
