@@ -148,20 +148,20 @@ def _suits(x: Tensor, others: tuple[Any, ...]) -> bool:
     return dtype in DTYPES
 
 
-def _alike(name: str, x: Tensor, other: Tensor | None) -> bool:
+def _alike(name: str, given: tuple[Tensor, ...]) -> bool:
     """Whether tensors, by type, layout, dtype and device, and torch's modes are those last found `small`, or
     `readable`: one call of the guards that Dynamo compiles its own with."""
-    if other is None:
-        latest = _latest.get((name, 1))
-        return latest is not None and type(x) is Tensor and latest(x)
-    latest = _latest.get((name, 2))
-    return latest is not None and type(x) is Tensor and type(other) is Tensor and latest(x, other)
+    latest = _latest.get((name, len(given)))
+    try:
+        return latest is not None and latest(*given)
+    except TypeError:  # something else than tensors
+        return False
 
 
-def _remember(name: str, *tensors: Tensor) -> None:
+def _remember(name: str, given: tuple[Tensor, ...]) -> None:
     if _guards is not None:
         free: dict[str, Any] = dict(dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        _latest[name, len(tensors)] = _guards(*tensors, **free).check
+        _latest[name, len(given)] = _guards(*given, **free).check
 
 
 def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | None = None) -> bool:
@@ -170,40 +170,42 @@ def small(name: str, x: Tensor, other: Tensor | None = None, another: Tensor | N
     checks them."""
     if is_compiling() or _any_device:
         return False
-    if another is None and _alike(name, x, other):
+    given = (x,) if other is another is None else tuple([t for t in (x, other, another) if t is not None])
+    if _alike(name, given):
         return True
-    found = _small(name, x, other) and (another is None or (type(another) is Tensor and another.dtype is x.dtype))
-    if found and another is None:
-        _remember(name, x) if other is None else _remember(name, x, other)
+    found = _small(name, *given)
+    if found:
+        _remember(name, given)
     return found
 
 
-def _small(name: str, x: Tensor, other: Tensor | None) -> bool:
+def _small(name: str, x: Tensor, *others: Tensor) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
         and x.dim() > (name in LABELS)
         and 0 < x.numel() < blocked.LARGE.get(name, blocked.NEVER)
-        and (other is None or (type(other) is Tensor and other.dtype is x.dtype))
+        and all(type(other) is Tensor and other.dtype is x.dtype for other in others)
         and (x.dtype not in HALF or not torch.is_autocast_enabled("cpu"))
     )
 
 
-def readable(name: str, x: Tensor, other: Tensor | None = None) -> bool:
+def readable(name: str, *given: Tensor) -> bool:
     """Whether these are `small`, of one shape, and what is computed from them may be looked at and written over."""
     if is_compiling() or _any_device or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False
-    if _alike(name, x, other):
+    if _alike(name, given):
         return True
+    x, *others = given
     found = (
-        _small(name, x, other)
+        _small(name, *given)
         and x.dtype in FLOATS
         and x.layout is torch.strided
-        and (other is None or (other.is_same_size(x) and other.layout is torch.strided and other.is_cpu))
+        and all(other.is_same_size(x) and other.layout is torch.strided and other.is_cpu for other in others)
         and blocked.unwatched()
     )
     if found:
-        _remember(name, x) if other is None else _remember(name, x, other)
+        _remember(name, given)
     return found
 
 

@@ -18,8 +18,8 @@ from torch.nn.functional import softplus  # x itself from 20 on, to the last bit
 from . import reference
 from .reference import BACKWARD, BATCHMEAN, HALF, MEAN, NONE, SUM, softplus_of, torch_kl_div
 
-Kept = tuple[Any, ...]  # tensors, the target first
-FEW = 4096  # elements of which a second softplus takes no longer than three operations more
+FEW = 4096  # elements of which a second softplus takes no longer than three operations more; twice as many where
+# others come between, after which each operation takes longer
 
 
 @lru_cache(256)
@@ -50,9 +50,9 @@ def _scaled(gradient: Tensor, dloss: Tensor, factor: float, dtype: torch.dtype) 
     return _cast(gradient.mul(dloss.mul(_number(factor, gradient.dtype))), dtype)
 
 
-def bce_with_logits(x: Tensor, target: Tensor, reduction: int, want: bool) -> tuple[Tensor, Kept]:
-    """(1 - t) softplus(x) + t softplus(-x), or (1 - t) relu(x) + t relu(-x) + log1p(exp(-|x|)). Keeps t and the
-    gradient (1 - t) sigmoid(x) - t sigmoid(-x): its operations cost less here than in backward."""
+def bce_with_logits(x: Tensor, target: Tensor, reduction: int, want: bool) -> tuple[Tensor, Tensor | None]:
+    """(1 - t) softplus(x) + t softplus(-x), or (1 - t) relu(x) + t relu(-x) + log1p(exp(-|x|)); the gradient
+    (1 - t) sigmoid(x) - t sigmoid(-x)."""
     dtype, t = x.dtype, target
     if dtype in HALF:
         x, t = x.float(), t.float()
@@ -66,12 +66,10 @@ def bce_with_logits(x: Tensor, target: Tensor, reduction: int, want: bool) -> tu
         loss, negative = x.relu(), minus.relu_()
         tail = loss.add(negative).mul_(_number(-log2(e), torch.float32)).exp2_().log1p_()
         loss = loss.lerp_(negative, t).add_(tail)
-    return _reduced(loss, reduction, dtype), (target, dx)
+    return _reduced(loss, reduction, dtype), dx
 
 
-def bce_with_logits_gradient(dloss: Tensor, x: Tensor, kept: Kept, reduction: int) -> Tensor:
-    """Scaled, and rounded."""
-    dx = kept[1]
+def bce_with_logits_gradient(dloss: Tensor, x: Tensor, dx: Tensor, reduction: int) -> Tensor:
     if reduction == NONE:
         return _cast(dx.mul(dloss), x.dtype)
     return _scaled(dx, dloss, 1.0 / x.numel() if reduction == MEAN else 1.0, x.dtype)
@@ -96,21 +94,21 @@ def kl_div_with_logits(
     return _cast(loss if factor == 1.0 else loss * _number(factor, wide), dtype)
 
 
-def entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int, want: bool) -> tuple[Tensor, Kept]:
-    """-sum p log p: nan where a class has no probability."""
+def entropy_with_logits(
+    x: Tensor, target: None, dim: int, reduction: int, want: bool
+) -> tuple[Tensor, Tensor | None]:
+    """H = -sum p log p: nan where a class has no probability; the gradient -p (log p + H), here its negative."""
     log_p = torch.log_softmax(x, dim, torch.float32 if x.dtype in HALF else x.dtype)
     p = log_p.exp()
     minus = (p * log_p).sum(dim)
-    return _reduced(minus, reduction, x.dtype, -1), (None, log_p, p, minus)
+    dx = log_p.sub_(minus.unsqueeze(dim)).mul_(p) if want else None
+    return _reduced(minus, reduction, x.dtype, -1), dx
 
 
-def entropy_with_logits_gradient(dloss: Tensor, x: Tensor, kept: Kept, dim: int, reduction: int) -> Tensor:
-    """-p (log p + H)."""
-    _, log_p, p, minus = kept
-    dx = torch.sub(log_p, minus.unsqueeze(dim)).mul_(p)
+def entropy_with_logits_gradient(dloss: Tensor, x: Tensor, dx: Tensor, dim: int, reduction: int) -> Tensor:
     if reduction == NONE:
-        return _cast(dx.mul(dloss.to(p.dtype).neg().unsqueeze(dim)), x.dtype)
-    return _scaled(dx, dloss, -1.0 / minus.numel() if reduction == MEAN else -1.0, x.dtype)
+        return _cast(dx.mul(dloss.to(dx.dtype).neg().unsqueeze(dim)), x.dtype)
+    return _scaled(dx, dloss, -x.shape[dim] / x.numel() if reduction == MEAN else -1.0, x.dtype)
 
 
 def _bce_with_logits(x: Tensor, target: Tensor, reduction: int) -> Tensor:
@@ -121,9 +119,10 @@ def _entropy_with_logits(x: Tensor, target: None, dim: int, reduction: int) -> T
     return reference.entropy_with_logits(x, dim, reduction, BACKWARD, x.dtype)
 
 
-# loss(x, target, *numbers, reduction, want): the loss, and what its gradient, if wanted, is computed from;
-# gradient(dloss, x, that, *numbers, reduction); and the reference of the loss's arguments
-LOSSES: dict[str, tuple[Callable[..., tuple[Tensor, Kept]], Callable[..., Tensor], Callable[..., Tensor]]] = {
+# loss(x, target, *numbers, reduction, want): the loss, and where it is wanted the gradient of its sum, whose operations
+# take less time here than in backward; gradient(dloss, x, that, *numbers, reduction): scaled, and rounded; and the
+# reference of the loss's arguments
+LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "BCEWithLogits": (bce_with_logits, bce_with_logits_gradient, _bce_with_logits),
     "EntropyWithLogits": (entropy_with_logits, entropy_with_logits_gradient, _entropy_with_logits),
 }
