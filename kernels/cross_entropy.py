@@ -69,7 +69,7 @@ def cross_entropy_forward_kernel(
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
                            at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        q_sum = others_of(col, label, beyond, UP, T, V) if SAME_WEIGHT and UP * T * V > 1 else None
+        q_sum = others_of(col, label, beyond, UP, T, V) if SAME_WEIGHT and HINT > 0 and UP * T * V > 1 else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):
@@ -200,7 +200,7 @@ def _forward(loss, z, saved, dx, x, target, weight, ignore_index, label_smoothin
     dense = target.is_floating_point() or label_smoothing != 0.0
     probs, reduce = target.is_floating_point(), reduction != NONE
     weight = None if weight is None else weight.contiguous()
-    more = (weight is not None) + (dx is not None) if dense and not probs else softcap != 0.0 and dx is not None
+    more = (weight is not None) + (dx is not None and not probs) if dense else softcap != 0.0 and dx is not None
     walk = row_walk(
         min(1, x.dim() - 1), x, target if probs else None, dx,
         narrow=4 << more, loads=1 if probs and weight is not None else 2 if dense or softcap else 4,

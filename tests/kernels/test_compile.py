@@ -40,6 +40,14 @@ CONFIGURATIONS = [
 ]
 # 32 warps an SM; older compilers keep more of a polynomial's values at a time
 REGISTERS = 64 if APPROXIMATE.value else 128
+# what the default share would leave out, and once exchanged values in a loop, took too many registers, or spilled
+ONCE_RED = {
+    ("cross_entropy/label_smoothing", (2, 300, 300), "sm_90"),
+    ("cross_entropy/weight+label_smoothing", (2, 300, 7), "sm_90"),
+    ("cross_entropy/probabilities+weight", (2, 300, 7), "sm_90"),
+    ("cross_entropy/probabilities+weight", (2, 300, 300), "sm_90"),
+    ("cross_entropy/probabilities+weight", (300, 10), "sm_100"),
+}
 # rows don't matter to them: what lies together is read wide wherever a row begins
 ELEMENTWISE = ("bce_", "kl_div_forward", "kl_div_backward", "entropy_forward", "entropy_backward", "scale_")
 # read by what their size depends on, or not at all: element by element is right for them
@@ -60,7 +68,7 @@ def chosen():
         for k, (shape, layout, dtype, reduction) in enumerate(CONFIGURATIONS):
             reduction = case.reductions[0] if reduction == "none" else case.reductions[-1]
             for t, target in enumerate(targets):
-                if ALL or is_chosen(c, k, t):
+                if ALL or is_chosen(c, k, t) or (case.name, shape, target) in ONCE_RED:
                     request = dict(case=case.name, shape=shape, layout=layout, dtype=dtype,
                                    reduction=reduction, target=target)  # fmt: skip
                     yield pytest.param(request, id="-".join(str(v) for v in request.values()))
@@ -133,7 +141,7 @@ def test_gradient_in_forward_with_all_options(case, limit, target, compile):
     ids=str,
 )
 def test_options_leave_32_warps(case, shape, options, dtype, compile):
-    """Where they took 68 to 72 registers."""
+    """Where they took 68 to 72 registers. Rows are joined by one program: what it leaves to others is no matter."""
     codes = compile(dict(case=case, shape=shape, layout="plain", dtype=dtype, reduction="mean", target="sm_90",
                          options=options))  # fmt: skip
     assert {c["name"]: c["registers"] for c in codes if c["registers"] > REGISTERS and "join" not in c["name"]} == {}
