@@ -49,6 +49,7 @@ class Code(NamedTuple):
     shared: int
     loops: tuple[Loop, ...]  # innermost loops, in the order of the code
     outside: Loop
+    passed: Loop  # of that, what a jump behind the first loop may pass over, and no loop in it: a row's edges
     widths: dict[str, int]  # global accesses by kind and bytes: "load16": 4
 
     @property
@@ -167,14 +168,15 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
     lines: list[_Line] = []
     labels: dict[str, int] = {}
-    jumps: list[tuple[int, int]] = []
+    targets: list[tuple[str, int]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(lines)
         elif found := re.match(r"\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+)(.*)", line):
-            if (to := re.search(r"(\.L\w+)", found[2])) and to[1] in labels:
-                jumps.append((labels[to[1]], len(lines)))
+            if to := re.search(r"(\.L\w+)", found[2]):
+                targets.append((to[1], len(lines)))
             lines.append(_Line(found[1], found[2], len(lines)))
+    jumps = [(labels[to], at) for to, at in targets if to in labels]
     number = lambda key: int(value[1]) if (value := re.search(rf"\.{key}:\s+(\d+)", text)) else 0
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return dict(registers=number("vgpr_count"), spills=spills, **_counts(lines, jumps))
@@ -186,10 +188,14 @@ def _counts(lines: list[_Line], jumps: list[tuple[int, int]]) -> dict[str, Any]:
     inner = sorted(a for a in back if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in back))
     bodies = [[line for line in lines if first <= line.address <= last] for first, last in inner]
     inside = {line.address for body in bodies for line in body}
+    ahead = [(first, last) for last, first in jumps if inner and inner[0][0] < first < last]
+    ahead = [(a, b) for a, b in ahead if not any(a < first < b for first, _ in inner)]
+    rest = [line for line in lines if line.address not in inside]
+    passed = [line for line in rest if any(a < line.address < b for a, b in ahead)]
     widths = Counter(kind + str(size) for line in lines for kind, size in [_access(line.opcode)] if kind)
     return dict(
         loops=tuple(_loop(body) for body in bodies),
-        outside=_loop([line for line in lines if line.address not in inside]), widths=dict(widths),
+        outside=_loop(rest), passed=_loop(passed), widths=dict(widths),
     )  # fmt: skip
 
 

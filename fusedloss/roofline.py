@@ -101,13 +101,18 @@ def trips(launch: Any, cols: int) -> tuple[int, tuple[int, ...]]:
 
 
 def executed(code: Code, launch: Any, cols: int) -> tuple[float, float]:
-    """Machine instructions and special-function operations an element; of a branch within a loop, both sides count."""
+    """Machine instructions and special-function operations an element; of a branch within a loop, both sides count, and
+    of what may be passed over outside: rows that begin and end at 16 bytes have no edges, others in one program."""
     elements, counts = trips(launch, cols)
     # in forward a very long row has several programs, whatever the number of rows
     programs = launch.grid[1] if "_forward_" in code.name and len(launch.grid) > 1 else 1
     if len(code.loops) % len(counts):  # the compiler saw that one of them never runs
         counts = tuple(c for c in counts if c) or counts
     instructions, special = float(programs * code.outside.instructions), float(programs * code.outside.special)
+    if launch.constants.get("ROWS") == 1 and launch.constants["HINT"] > 1:
+        without = programs if cols % launch.constants["HINT"] == 0 else programs - 1
+        instructions -= without * code.passed.instructions
+        special -= without * code.passed.special
     for k, loop in enumerate(code.loops):
         times = float(counts[k % len(counts)])
         once = 0  # bytes that the loop loads in a trip, where another loop tells
