@@ -49,7 +49,7 @@ class Code(NamedTuple):
     shared: int
     loops: tuple[Loop, ...]  # innermost loops, in the order of the code
     outside: Loop
-    passed: Loop  # of that, what a jump behind the first loop may pass over, and no loop in it: a row's edges
+    passed: Loop  # of that, what a jump behind the first loop may pass over, and no loop in it: a row's edges (NVIDIA)
     widths: dict[str, int]  # global accesses by kind and bytes: "load16": 4
 
     @property
@@ -168,15 +168,14 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
     lines: list[_Line] = []
     labels: dict[str, int] = {}
-    targets: list[tuple[str, int]] = []
+    jumps: list[tuple[int, int]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(lines)
         elif found := re.match(r"\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+)(.*)", line):
-            if to := re.search(r"(\.L\w+)", found[2]):
-                targets.append((to[1], len(lines)))
+            if (to := re.search(r"(\.L\w+)", found[2])) and to[1] in labels:
+                jumps.append((labels[to[1]], len(lines)))  # back; ahead it jumps over any masked access
             lines.append(_Line(found[1], found[2], len(lines)))
-    jumps = [(labels[to], at) for to, at in targets if to in labels]
     number = lambda key: int(value[1]) if (value := re.search(rf"\.{key}:\s+(\d+)", text)) else 0
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return dict(registers=number("vgpr_count"), spills=spills, **_counts(lines, jumps))

@@ -44,8 +44,8 @@ def load_others(x_from, q_from, col, lane, bounds, left_out, DENSE: tl.constexpr
     x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
     if DENSE:
         x = tl.where(left_out, LOWEST, x)
-        if HINT == 0 and not (PROBS or WEIGHT):  # q is made by the threads that have x: theirs is NaN either way
-            left_out |= x != x
+        if HINT == 0 and not (PROBS or WEIGHT):
+            left_out |= x != x  # for q to be made by the threads that have x; a row with NaN is NaN either way
         q = tl.where(left_out, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)[0])
     else:
         x = tl.where(left_out, -float("inf"), x)

@@ -52,6 +52,18 @@ def gradient(loss, x):
     return dx
 
 
+@pytest.mark.parametrize("value", [float("nan"), INFINITY, -INFINITY])
+@pytest.mark.parametrize("place", [0, 299])
+def test_images_of_many_classes_are_smoothed_as_torch_does(value, place, device):
+    """Where one logit, not the label's, is not finite."""
+    x, y = normal(1, 300, 3, device=device), torch.full((1, 3), 7, device=device)
+    x[0, place, 1] = value
+    loss = fusedloss.cross_entropy(x, y, label_smoothing=0.1, reduction="none")
+    expected = torch.nn.functional.cross_entropy(x, y, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert loss.isfinite().tolist() == [[True, False, True]]
+
+
 # (columns, how many of the first are -inf): inside a tile, and more than the first block of a long row
 FIRST_TILE = pytest.mark.parametrize(("cols", "masked"), [(100, 60), (300, 260), (1000, 300), (9001, 8200)])
 
