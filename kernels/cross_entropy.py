@@ -69,7 +69,7 @@ def cross_entropy_forward_kernel(
         col = masked_col(i, plan, UP * T * V)
         x, q = load_others(x_from, q_from, col, part, (kept, plan[0], plan[1]),
                            at_label(col, label, beyond, UP, T, V), DENSE, PROBS, WEIGHT, CAP, HINT)  # fmt: skip
-        q_sum = others_of(col, label, beyond, UP, T, V) if SAME_WEIGHT and HINT > 0 and UP * T * V > 1 else None
+        q_sum = others_of(col, label, beyond, UP, T, V) if SAME_WEIGHT and ROWS == 1 else None
         m, s, a, b = lse_update(x, q, q_sum, m, s, a, b, DENSE, UP, T, V)
     m, s, a, b = lse_join(m, s, a, b)
     if ROWS == 1 and HINT > 1 and has_edges(plan, n_cols):

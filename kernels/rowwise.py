@@ -157,9 +157,9 @@ def at_label(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constex
 
 @triton.jit
 def others_of(col, label, beyond, U: tl.constexpr, T: tl.constexpr, V: tl.constexpr):
-    """How many elements a lane [ROWS, T] has in the block at `col`, without those that at_label finds."""
+    """How many elements a lane [1, T] of a row has in the block at `col`, without those that at_label finds."""
     t = tl.arange(0, T)[None, :]
-    to_label, to_end = column(label - col), tl.maximum(column(beyond - col), 0)
+    to_label, to_end = label - col, tl.maximum(beyond - col, 0)
     runs = tl.minimum(over(over(to_end, V) - t + (T - 1), T), U)
     here = (to_label >= 0) & (to_label < tl.minimum(to_end, U * T * V)) & ((over(to_label, V) & (T - 1)) == t)
     return (runs * V - tl.where(here, 1, 0)).to(tl.float32)

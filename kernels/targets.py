@@ -44,7 +44,7 @@ def load_others(x_from, q_from, col, lane, bounds, left_out, DENSE: tl.constexpr
     x, q = load_x(x_from, col, lane, bounds, CAP, HINT), 0.0
     if DENSE:
         x = tl.where(left_out, LOWEST, x)
-        if HINT == 0 and not (PROBS or WEIGHT):
+        if len(lane.shape) == 3 and lane.shape[0] * lane.shape[2] > 1 and not (PROBS or WEIGHT):
             left_out |= x != x  # for q to be made by the threads that have x; a row with NaN is NaN either way
         q = tl.where(left_out, 0.0, load_q(q_from, col, lane, bounds, PROBS, WEIGHT, HINT)[0])
     else:

@@ -39,18 +39,20 @@ class Tiling(NamedTuple):
         return dict(ROWS=self.ROWS, U=self.U, UP=self.UP, T=self.T, V=self.V, HINT=self.HINT)
 
 
-def _positions(inner: int, cols: int, narrow: int, few: bool, fewest: bool) -> Tiling:
-    """Tiles of positions whose classes lie apart: a thread has 4 positions (2 where it keeps much of each: `few`),
-    a class at a time, or two threads have two where classes are many (or one: `fewest`); the widest that hardly pads
+def _positions(inner: int, cols: int, narrow: int, loads: int, writes: bool, twice: bool) -> Tiling:
+    """Tiles of positions whose classes lie apart: a thread has 4 positions (2 where it keeps much of each), a class at
+    a time, or two threads have two where classes are many (or one, where they keep more); the widest that hardly pads
     the positions."""
 
     def padded(shape: Tiling) -> int:
         return triton.cdiv(inner, shape.ROWS) * shape.ROWS
 
     if cols <= APART:
+        few = twice or (writes and loads < 4)
         shapes = [Tiling(n, 1, 1, 1, 1, 0, min(2, n // 32)) for n in (256, 128, 32)[few:]]
     else:
-        u, least = 1 if fewest else 2, 1 if fewest or narrow > 4 else 2
+        u = 1 if writes and loads == 1 else 2
+        least = 1 if narrow > 4 and loads > 1 else u
         shapes = [*(Tiling(32 * w, u, u, 2, 1, 0, w) for w in (4, 2)), Tiling(16, least, least, 4, 1, 0, 1)]
     return next(s for s in shapes if 3 * padded(s) <= 4 * padded(shapes[-1]))
 
@@ -68,7 +70,7 @@ def tiling(
     known to be aligned, where all tensors' rows share an alignment."""
     v, hint = 16 // sizes[0], 16 // min(sizes)
     if any(c != 1 for _, _, c in walk.strides) and walk.cols > 1:
-        return _positions(walk.inner, walk.cols, narrow, twice or (writes and loads < 4), writes and loads == 1)
+        return _positions(walk.inner, walk.cols, narrow, loads, writes, twice)
     if walk.cols <= TILED * v:
         return _short(walk.cols, sizes, narrow, loads, writes, twice)
     places = {

@@ -135,6 +135,7 @@ def test_gradient_in_forward_with_all_options(case, limit, target, compile):
         ("cross_entropy/softcap", (300, 10), {}),
         ("cross_entropy/softcap", (300, 10), dict(z_loss=0.1)),
         ("cross_entropy/softcap", (300, 10), dict(label_smoothing=0.1)),
+        ("cross_entropy/softcap", (40, 100), dict(label_smoothing=0.1)),
         ("cross_entropy/softcap", (9, 1000), dict(z_loss=0.1)),
         ("binary_cross_entropy_with_logits/pos_weight", (1, 1 << 16), dict(pos_weight=[2.0])),
     ],
