@@ -242,9 +242,13 @@ def warps(num_warps: int, constants: dict[str, Any], size: int) -> int:
 
 def compile_options(num_warps: int, constants: dict[str, Any], size: int) -> dict[str, Any]:
     """How a launch's kernel is compiled for a GPU whose warps have `size` threads. Very many threads a row have 64
-    registers each, for two rows an SM, but where all of cross entropy's options would spill."""
+    registers each, for two rows an SM, but where all of cross entropy's options would spill. So have rows of two
+    logits that a warp reads, and rows of all those options in backward: 32 warps an SM, as else they take up to 80."""
     more = constants.get("CAP") and constants["SMOOTH"] and constants["WEIGHT"]
-    limit = dict(maxnreg=128 if more else 64) if size == 32 and constants.get("T", 1) > 128 else {}
+    threads = constants.get("T", 1)
+    many, two = threads > 128, threads == 32 and "FIRST_GRAD" in constants
+    tight = constants.get("HINT", 0) > 1 and (two or (more and "TARGET_GRAD" in constants))
+    limit = dict(maxnreg=128 if more and many else 64) if size == 32 and (many or tight) else {}
     return dict(num_warps=warps(num_warps, constants, size), enable_fp_fusion=False, **limit)
 
 
